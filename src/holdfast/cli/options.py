@@ -1,0 +1,567 @@
+"""The command line of ``holdfast``, read into typed records: one class per command, nothing done yet.
+
+Everything that can be wrong with the words alone is said here.  A mistake is an :class:`InvalidInput` like any
+other, for the program's end and ``--json`` know errors of one tree only; argparse leaves the program by itself
+for nothing but ``--help`` and ``--version``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+from msgspec import Struct
+
+from holdfast import __version__
+from holdfast.errors import InvalidInput
+from holdfast.spec.mounts import parse_mount, parse_volume
+from holdfast.spec.runtime import JsonObject  # noqa: TC001 - msgspec reads the records' annotations
+from holdfast.spec.sizes import parse_size
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Callable, Mapping, Sequence
+
+DEFAULT_ROOT = "/run/holdfast"
+DEFAULT_DATA = "/var/lib/holdfast"
+
+Isolation = Literal["vm", "namespace"]
+#: Mount types, as in a spec, that can be added to a pod that runs.
+ATTACHABLE = ("bind", "virtual-disk", "physical-disk")
+
+
+class SandboxOptions(Struct, frozen=True):
+    """What a new pod's sandbox is.  ``template`` is None for Holdfast's choice, ``"none"`` for booting afresh."""
+
+    isolation: Isolation = "vm"
+    template: str | None = None
+    memory_bytes: int = 256 * 1024**2
+    cpus: int = 1
+
+
+class RunOptions(Struct, frozen=True):
+    """``run``: exactly one of ``image`` and ``bundle`` is given.  ``mounts`` are objects of the runtime-spec."""
+
+    image: str | None
+    bundle: str | None
+    args: tuple[str, ...] = ()
+    pod: str | None = None
+    name: str | None = None
+    sandbox: SandboxOptions = SandboxOptions()
+    mounts: tuple[JsonObject, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    user: str | None = None
+    hostname: str | None = None
+    entrypoint: tuple[str, ...] | None = None
+    annotations: dict[str, str] = {}
+    interactive: bool = False
+    terminal: bool = False
+    detach: bool = False
+    read_only: bool = False
+    scratch_bytes: int | None = None
+
+
+class PlanOptions(Struct, frozen=True):
+    run: RunOptions
+
+
+class PsOptions(Struct, frozen=True):
+    pass
+
+
+class PodCreateOptions(Struct, frozen=True):
+    pod: str
+    sandbox: SandboxOptions = SandboxOptions()
+    annotations: dict[str, str] = {}
+
+
+class PodInspectOptions(Struct, frozen=True):
+    pod: str
+
+
+class PodRemoveOptions(Struct, frozen=True):
+    pods: tuple[str, ...]
+    force: bool = False
+
+
+class ExecOptions(Struct, frozen=True):
+    """``container`` is None for the only one in the pod."""
+
+    pod: str
+    container: str | None
+    args: tuple[str, ...]
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    user: str | None = None
+    interactive: bool = False
+    terminal: bool = False
+
+
+class StorageOptions(Struct, frozen=True):
+    pod: str
+
+
+class AttachOptions(Struct, frozen=True):
+    """``mounts`` are as in :class:`RunOptions`; an empty destination leaves the place in the guest to Holdfast."""
+
+    pod: str
+    mounts: tuple[JsonObject, ...]
+
+
+class DetachOptions(Struct, frozen=True):
+    """``targets`` are guest paths, as ``attach`` printed them, or host paths."""
+
+    pod: str
+    targets: tuple[str, ...]
+
+
+class ImageImportOptions(Struct, frozen=True):
+    path: str
+    name: str
+
+
+class ImagePullOptions(Struct, frozen=True):
+    reference: str
+    name: str | None = None
+
+
+class ImageListOptions(Struct, frozen=True):
+    pass
+
+
+class ImageInspectOptions(Struct, frozen=True):
+    name: str
+
+
+class ImageRemoveOptions(Struct, frozen=True):
+    names: tuple[str, ...]
+
+
+class GuestBuildOptions(Struct, frozen=True):
+    pass
+
+
+class GuestInspectOptions(Struct, frozen=True):
+    pass
+
+
+class TemplateListOptions(Struct, frozen=True):
+    pass
+
+
+class TemplateInspectOptions(Struct, frozen=True):
+    name: str
+
+
+class TemplateRemoveOptions(Struct, frozen=True):
+    names: tuple[str, ...]
+
+
+class AuditOptions(Struct, frozen=True):
+    pass
+
+
+class GcOptions(Struct, frozen=True):
+    pass
+
+
+class DoctorOptions(Struct, frozen=True):
+    pass
+
+
+class CommandLine(Struct, frozen=True):
+    """A whole command line.
+
+    Attributes:
+        root: the state root, absolute.
+        data: the data root, absolute.
+        json: whether what is printed is for programs, errors too.
+        debug: whether an error comes with where it happened.
+        command: one of the classes above.
+    """
+
+    root: str
+    data: str
+    json: bool
+    debug: bool
+    command: Struct
+
+
+class _Words(Struct, frozen=True):
+    """What argparse found, and what it is to be understood against."""
+
+    found: Namespace
+    prog: str
+    environ: Mapping[str, str]
+    cwd: str
+
+    def wrong(self, why: str, hint: str = "") -> InvalidInput:
+        return _usage(self.prog, why, hint)
+
+    def path(self, text: str) -> str:
+        return os.path.normpath(os.path.join(self.cwd, text))
+
+    def name(self, text: str, option: str) -> str:
+        # The name becomes a folder's, whose socket's path must stay under 108 bytes (unix(7)).
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", text):
+            raise self.wrong(f"{option}: {text!r} is not a name", "letters, digits, '_', '.' and '-', at most 63")
+        return text
+
+    def names(self, texts: Sequence[str], option: str) -> tuple[str, ...]:
+        return tuple(self.name(text, option) for text in texts)
+
+    def pairs(self, option: str, texts: Sequence[str]) -> dict[str, str]:
+        pairs: dict[str, str] = {}
+        for text in texts:
+            key, equals, value = text.partition("=")
+            if not (key and equals):
+                raise self.wrong(f"{option}: expected KEY=VALUE, not {text!r}")
+            pairs[key] = value
+        return pairs
+
+    def env(self) -> dict[str, str]:
+        """``-e K=V``, and ``-e K`` for the caller's own value, if there is one (as podman has it)."""
+        values: dict[str, str] = {}
+        for text in self.found.env:
+            name, equals, value = text.partition("=")
+            if not name:
+                raise self.wrong(f"-e: expected NAME=VALUE or NAME, not {text!r}")
+            if equals or name in self.environ:
+                values[name] = value if equals else self.environ[name]
+        return values
+
+    def mounts(self, *, destination_needed: bool = True) -> tuple[JsonObject, ...]:
+        mounts = []
+        for option, text in self.found.mounts:
+            if option == "--mount":
+                mounts.append(parse_mount(text, cwd=self.cwd, destination_needed=destination_needed))
+            else:
+                mounts.append(parse_volume(text, cwd=self.cwd))
+        return tuple(mounts)
+
+    def sandbox(self) -> SandboxOptions:
+        found, given = self.found, SandboxOptions()
+        memory = parse_size(found.memory, subject="--memory") if found.memory is not None else given.memory_bytes
+        cpus = str(given.cpus) if found.cpus is None else found.cpus
+        if not (cpus.isascii() and cpus.isdecimal() and int(cpus) > 0):
+            raise self.wrong(f"--cpus: {cpus!r} is not a number of virtual CPUs, such as 2")
+        template = None if found.template is None else self.name(found.template, "--template")
+        return SandboxOptions(found.isolation or given.isolation, template, memory, int(cpus))
+
+
+def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: str | None = None) -> CommandLine:
+    """What ``holdfast ARGV...`` asks for.
+
+    Args:
+        argv: without the program's own name.
+        environ: for ``HOLDFAST_ROOT``, ``HOLDFAST_DATA`` and ``-e NAME``; this process's if None.
+        cwd: what relative paths are relative to; this process's if None.
+
+    Raises:
+        InvalidInput: ``usage``; ``mount-option`` and ``size`` from the values of options.
+        SystemExit: after ``--help`` and ``--version``, with 0.
+    """
+    environ = os.environ if environ is None else environ
+    cwd = os.getcwd() if cwd is None else cwd
+    found, unknown = _parser().parse_known_args(list(argv))
+    if unknown:
+        raise _usage(
+            found.prog, f"unknown option {unknown[0]}" if unknown[0][:1] == "-" else f"what is {unknown[0]!r}?"
+        )
+    words = _Words(found, found.prog, environ, cwd)
+    return CommandLine(
+        root=words.path(getattr(found, "root", None) or environ.get("HOLDFAST_ROOT") or DEFAULT_ROOT),
+        data=words.path(getattr(found, "data", None) or environ.get("HOLDFAST_DATA") or DEFAULT_DATA),
+        json=getattr(found, "json", False),
+        debug=getattr(found, "debug", False),
+        command=found.make(words),
+    )
+
+
+def _usage(prog: str, why: str, hint: str = "") -> InvalidInput:
+    return InvalidInput("read command line", subject=prog, why=why, hint=hint or f"see {prog} --help", code="usage")
+
+
+# --- what the words mean -------------------------------------------------------------------------------------------
+
+
+def _run(words: _Words) -> RunOptions:
+    found = words.found
+    rest = _container_words(found.rest)
+    bundle = None if found.bundle is None else words.path(found.bundle)
+    if bundle is None and not rest:
+        raise words.wrong("an image, or --bundle DIR, is needed")
+    if bundle is not None and found.entrypoint is not None:
+        raise words.wrong("--entrypoint is for images; a bundle's whole command may follow --bundle DIR")
+    if found.pod is not None:
+        for option in ("isolation", "template", "memory", "cpus"):
+            if getattr(found, option) is not None:
+                raise words.wrong(f"--{option} is for a new pod; the one of --pod is there already")
+    image = None if bundle is not None else rest.pop(0)
+    if image == "":
+        raise words.wrong("the image's name is empty")
+    scratch = None if found.scratch_size is None else parse_size(found.scratch_size, subject="--scratch-size")
+    return RunOptions(
+        image=image,
+        bundle=bundle,
+        args=tuple(rest),
+        pod=None if found.pod is None else words.name(found.pod, "--pod"),
+        name=None if found.name is None else words.name(found.name, "--name"),
+        sandbox=words.sandbox(),
+        mounts=words.mounts(),
+        env=words.env(),
+        cwd=found.workdir,
+        user=found.user,
+        hostname=found.hostname,
+        entrypoint=_entrypoint(words),
+        annotations=words.pairs("--annotation", found.annotation),
+        interactive=found.interactive,
+        terminal=found.tty,
+        detach=found.detach,
+        read_only=found.read_only,
+        scratch_bytes=scratch,
+    )
+
+
+def _container_words(rest: Sequence[str]) -> list[str]:
+    """The words after our own options; one ``--`` before them only says that ours have ended."""
+    return list(rest[1:] if rest[:1] == ["--"] else rest)
+
+
+def _entrypoint(words: _Words) -> tuple[str, ...] | None:
+    """One program, or a JSON array of it and its first arguments; empty for none."""
+    text: str | None = words.found.entrypoint
+    if text is None or not text.startswith("["):
+        return text if text is None else (text,) if text else ()
+    try:
+        return msgspec.json.decode(text, type=tuple[str, ...])
+    except msgspec.DecodeError as error:
+        raise words.wrong(f"--entrypoint: not a JSON array of texts: {error}") from None
+
+
+def _exec(words: _Words) -> ExecOptions:
+    found = words.found
+    pod, slash, container = found.pod.partition("/")
+    args = _container_words(found.rest)
+    if not args:
+        raise words.wrong("no command", f"holdfast exec {found.pod} COMMAND [ARG...]")
+    return ExecOptions(
+        pod=words.name(pod, "POD"),
+        container=words.name(container, "CONTAINER") if slash else None,
+        args=tuple(args),
+        env=words.env(),
+        cwd=found.workdir,
+        user=found.user,
+        interactive=found.interactive,
+        terminal=found.tty,
+    )
+
+
+def _pod_create(words: _Words) -> PodCreateOptions:
+    pod = words.name(words.found.pod, "POD")
+    return PodCreateOptions(pod, words.sandbox(), words.pairs("--annotation", words.found.annotation))
+
+
+def _attach(words: _Words) -> AttachOptions:
+    mounts = words.mounts(destination_needed=False)
+    if not mounts:
+        raise words.wrong("nothing to attach: no --mount and no -v")
+    for mount in mounts:
+        if mount["type"] not in ATTACHABLE:
+            why = f"a mount of type {mount['type']} cannot be added to a running pod"
+            raise words.wrong(why, "bind, disk and physical-disk can")
+    return AttachOptions(words.name(words.found.pod, "POD"), mounts)
+
+
+# --- which words there are -----------------------------------------------------------------------------------------
+
+
+def _parser() -> ArgumentParser:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: object) -> None:
+            super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+            _add_everywhere(self)
+
+        def error(self, message: str) -> None:  # type: ignore[override]
+            raise _usage(self.prog, message)
+
+    parser = Parser(prog="holdfast", description="OCI containers inside small virtual machines.")
+    parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
+    verbs = _Verbs(parser)
+    _add_run(verbs)
+    _add_pods(verbs)
+    _add_storage(verbs)
+    _add_stores(verbs)
+    verbs.add("audit", "what is held, and by whom; fails if anything is held by nobody", lambda _: AuditOptions())
+    verbs.add("gc", "let go of what is held by nobody", lambda _: GcOptions())
+    verbs.add("doctor", "what this host can do, what is missing, and how to get it", lambda _: DoctorOptions())
+    return parser
+
+
+class _Verbs:
+    """The commands of ``holdfast``, or of one of its groups."""
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def add(
+        self, name: str, text: str, make: Callable[[_Words], Struct], *, usage: str | None = None
+    ) -> ArgumentParser:
+        parser = self._parsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", usage=usage)
+        parser.set_defaults(make=make, prog=parser.prog)
+        return parser
+
+    def group(self, name: str, text: str) -> _Verbs:
+        return _Verbs(self._parsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+
+
+def _add_everywhere(parser: ArgumentParser) -> None:
+    """Accepted before and after the command; without a default, so that the latter does not undo the former."""
+    from argparse import SUPPRESS as none
+
+    group = parser.add_argument_group("everywhere")
+    group.add_argument("--root", metavar="DIR", default=none, help=f"state ($HOLDFAST_ROOT, else {DEFAULT_ROOT})")
+    group.add_argument("--data", metavar="DIR", default=none, help=f"images ($HOLDFAST_DATA, else {DEFAULT_DATA})")
+    group.add_argument("--json", action="store_true", default=none, help="print for programs, errors too")
+    group.add_argument("--debug", action="store_true", default=none, help="say where an error comes from")
+
+
+def _add_run(verbs: _Verbs) -> None:
+    def make_plan(words: _Words) -> PlanOptions:
+        return PlanOptions(_run(words))
+
+    makers: tuple[tuple[str, str, Callable[[_Words], Struct]], ...] = (
+        ("run", "run a container, in a new pod if no other is named", _run),
+        ("plan", "print what run would do, and do nothing", make_plan),
+    )
+    for verb, text, make in makers:
+        usage = f"holdfast {verb} [OPTIONS] IMAGE [ARG...]\n       holdfast {verb} [OPTIONS] --bundle DIR [ARG...]"
+        parser = verbs.add(verb, text, make, usage=usage)
+        parser.add_argument("rest", nargs="...", metavar="IMAGE [ARG...]", help="what follows IMAGE is the container's")
+        option = parser.add_argument
+        option("--bundle", metavar="DIR", help="run an OCI bundle instead of an image")
+        option("--pod", metavar="POD", help="join this pod")
+        option("--name", metavar="NAME", help="of the container")
+        _add_sandbox(parser)
+        _add_mounts(parser)
+        _add_process(parser)
+        option("-d", "--detach", action="store_true", help="do not wait for the end")
+        option("--entrypoint", metavar="PROGRAM", help="in place of the image's; a JSON array for several words")
+        option("--hostname", metavar="NAME", help="in the container")
+        option("--read-only", action="store_true", help="the root filesystem is read-only")
+        option("--scratch-size", metavar="SIZE", help="how much the container can write")
+        option("--annotation", action="append", default=[], metavar="K=V", help="of the container (repeatable)")
+        option("--rm", action="store_true", help="accepted for podman's sake: a container is always removed")
+
+
+def _add_sandbox(parser: ArgumentParser) -> None:
+    parser.add_argument("--isolation", choices=("vm", "namespace"), help="virtual machine (default) or this kernel")
+    parser.add_argument("--template", metavar="NAME", help="clone this one; none: boot")
+    parser.add_argument("--memory", metavar="SIZE", help="of the virtual machine (256M)")
+    parser.add_argument("--cpus", metavar="N", help="of the virtual machine (1)")
+
+
+def _add_mounts(parser: ArgumentParser) -> None:
+    """Both options fill one list: the order in which they are given is kept."""
+
+    def mount(text: str) -> tuple[str, str]:
+        return "--mount", text
+
+    def volume(text: str) -> tuple[str, str]:
+        return "-v", text
+
+    text = "type=bind|disk|physical-disk|tmpfs|volume|image,src=..,dst=..[,ro] (repeatable)"
+    parser.add_argument("--mount", dest="mounts", type=mount, action="append", default=[], metavar="SPEC", help=text)
+    text = "SRC:DST[:ro]: a folder or file of this host (repeatable)"
+    parser.add_argument("-v", "--volume", dest="mounts", type=volume, action="append", metavar="SPEC", help=text)
+
+
+def _add_process(parser: ArgumentParser) -> None:
+    text = "environment variable (repeatable); without =V, this process's own"
+    parser.add_argument("-e", "--env", action="append", default=[], metavar="K[=V]", help=text)
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="working folder in the container")
+    parser.add_argument("-u", "--user", metavar="USER[:GROUP]", help="names or numbers")
+    parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input on")
+    parser.add_argument("-t", "--tty", action="store_true", help="with a terminal")
+
+
+def _add_pods(verbs: _Verbs) -> None:
+    verbs.add("ps", "list pods and their containers", lambda _: PsOptions())
+    pod = verbs.group("pod", "make, show and remove pods")
+    parser = pod.add("create", "make an empty pod", _pod_create)
+    parser.add_argument("pod", metavar="POD")
+    _add_sandbox(parser)
+    parser.add_argument("--annotation", action="append", default=[], metavar="K=V", help="of the pod (repeatable)")
+    parser = pod.add("inspect", "all about a pod", lambda words: PodInspectOptions(words.name(words.found.pod, "POD")))
+    parser.add_argument("pod", metavar="POD")
+    parser = pod.add(
+        "remove",
+        "end pods and let go of what they hold",
+        lambda words: PodRemoveOptions(words.names(words.found.pods, "POD"), words.found.force),
+    )
+    parser.add_argument("pods", nargs="+", metavar="POD")
+    parser.add_argument("-f", "--force", action="store_true", help="even with containers that run")
+    usage = "holdfast exec [OPTIONS] POD[/CONTAINER] COMMAND [ARG...]"
+    parser = verbs.add("exec", "run one more process in a container", _exec, usage=usage)
+    parser.add_argument("pod", metavar="POD[/CONTAINER]")
+    parser.add_argument("rest", nargs="...", metavar="COMMAND [ARG...]")
+    _add_process(parser)
+
+
+def _add_storage(verbs: _Verbs) -> None:
+    text = "every attachment, share and mount of a pod"
+    parser = verbs.add("storage", text, lambda words: StorageOptions(words.name(words.found.pod, "POD")))
+    parser.add_argument("pod", metavar="POD")
+    parser = verbs.add("attach", "add storage to a running pod and print its path in the guest", _attach)
+    parser.add_argument("pod", metavar="POD")
+    _add_mounts(parser)
+    parser = verbs.add(
+        "detach",
+        "take storage from a running pod",
+        lambda words: DetachOptions(words.name(words.found.pod, "POD"), tuple(words.found.targets)),
+    )
+    parser.add_argument("pod", metavar="POD")
+    parser.add_argument(
+        "targets", nargs="+", metavar="PATH", help="in the guest, as attach printed it, or of this host"
+    )
+
+
+def _add_stores(verbs: _Verbs) -> None:
+    image = verbs.group("image", "import, pull, show and remove images")
+    parser = image.add(
+        "import",
+        "take in an OCI layout or archive",
+        lambda words: ImageImportOptions(words.path(words.found.path), words.found.name),
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--name", required=True, metavar="NAME", help="to call it by")
+    parser = image.add(
+        "pull", "fetch an image from a registry", lambda words: ImagePullOptions(words.found.image, words.found.name)
+    )
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("--name", metavar="NAME", help="to call it by; else as it is called there")
+    _add_listing(image, "image", ImageListOptions, ImageInspectOptions, ImageRemoveOptions)
+    guest = verbs.group("guest", "the system that virtual machines run")
+    guest.add("build", "build it, if it is not built", lambda _: GuestBuildOptions())
+    guest.add("inspect", "what it is made of", lambda _: GuestInspectOptions())
+    template = verbs.group("template", "saved pods that new ones are cloned from")
+    _add_listing(template, "template", TemplateListOptions, TemplateInspectOptions, TemplateRemoveOptions)
+
+
+def _add_listing(
+    verbs: _Verbs,
+    noun: str,
+    listing: Callable[[], Struct],
+    inspect: Callable[[str], Struct],
+    remove: Callable[[tuple[str, ...]], Struct],
+) -> None:
+    verbs.add("list", f"list {noun}s", lambda _: listing())
+    parser = verbs.add("inspect", f"all about one {noun}", lambda words: inspect(words.found.name))
+    parser.add_argument("name", metavar=noun.upper())
+    parser = verbs.add("remove", f"remove {noun}s that nothing uses", lambda words: remove(tuple(words.found.names)))
+    parser.add_argument("names", nargs="+", metavar=noun.upper())

@@ -1,0 +1,79 @@
+"""Child processes of PID 1: starting, waiting, reaping.
+
+Containers are started by an OCI runtime that exits; their processes then become children of PID 1
+(credentials(7), prctl(2) ``PR_SET_CHILD_SUBREAPER``), which is how the agent learns their exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from holdfast.guest.loop import readable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.guest.loop import Task
+
+#: Exit statuses kept of processes that nobody has asked for yet: a container may end before its pid is known.
+_KEPT = 256
+
+
+class Children:
+    """Reaps every child and hands its wait status to whoever asked for it."""
+
+    def __init__(self) -> None:
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._unclaimed: dict[int, int] = {}
+
+    def reap(self) -> None:
+        """Collects every child that has ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            callback = self._callbacks.pop(pid, None)
+            if callback is not None:
+                callback(status)
+            else:
+                self._unclaimed[pid] = status
+                if len(self._unclaimed) > _KEPT:
+                    del self._unclaimed[next(iter(self._unclaimed))]
+
+    def on_exit(self, pid: int, callback: Callable[[int], None]) -> None:
+        """Calls ``callback(wait status)`` when ``pid`` has ended; at once if it has already."""
+        if pid in self._unclaimed:
+            callback(self._unclaimed.pop(pid))
+        else:
+            self._callbacks[pid] = callback
+
+    def run(self, argv: list[str], stdin: int, stdout: int, stderr: int) -> Task:
+        """Task: runs a program to its end; returns its wait status.  The descriptors stay the caller's.
+
+        When the task is given up, the program is killed.
+        """
+        pid = os.posix_spawn(
+            argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2),
+            ],
+            setsigdef=[signal.SIGPIPE, signal.SIGCHLD], setsigmask=[], setsid=True,
+        )  # fmt: skip
+        result: list[int] = []
+        self.on_exit(pid, result.append)
+        pidfd = os.pidfd_open(pid)
+        try:
+            while not result:
+                yield readable(pidfd)
+                self.reap()
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            os.close(pidfd)
+        return result[0]

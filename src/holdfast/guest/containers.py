@@ -1,0 +1,323 @@
+"""Containers: an OCI runtime runs them; the agent connects their stdio and reports their end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, InUse, InvalidInput, NotFound
+from holdfast.guest.streams import Input, Output
+from holdfast.guest.users import apply_user
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from holdfast.guest.children import Children
+    from holdfast.guest.loop import Loop, Task
+    from holdfast.wire.mux import Mux
+
+#: Bundles hold configuration only; root filesystems are mounted elsewhere, so that a bundle can simply be removed.
+BUNDLES = "/run/holdfast/bundles"
+_STATE = "/run/crun"
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+class Process:
+    """One process of a container with its stdio."""
+
+    def __init__(self, key: str, pid: int, terminal_fd: int) -> None:
+        self.key = key
+        self.pid = pid
+        self.terminal_fd = terminal_fd
+        self.input: Input | None = None
+        self.outputs: list[Output] = []
+        self.status: int | None = None
+
+
+class Stdio:
+    """The child's ends and ours of a process's stdio, all owned until :meth:`close` or handed over."""
+
+    def __init__(self, terminal: bool, stdin: int) -> None:
+        self.child: list[int] = []
+        self.ours: list[int] = []
+        if terminal:
+            self.child = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
+            return
+        if stdin:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+        else:
+            reader, writer = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1
+        self.child, self.ours = [reader], [writer]
+        for _ in range(2):
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            self.child.append(writer)
+            self.ours.append(reader)
+
+    def close_child(self) -> None:
+        """Closes the child's ends: the container has them now."""
+        for fd in set(self.child):
+            os.close(fd)
+        self.child = []
+
+    def close(self) -> None:
+        """Closes whatever was not handed over."""
+        self.close_child()
+        for fd in self.ours:
+            if fd >= 0:
+                os.close(fd)
+        self.ours = []
+
+
+class Containers:
+    """Starts containers and processes in them, and knows those that run."""
+
+    def __init__(self, loop: Loop, children: Children, runtime: str, report: Callable[[str, dict[str, Any]], None]) -> None:
+        self._loop = loop
+        self._children = children
+        self._runtime = runtime
+        self._report = report
+        self._processes: dict[str, Process] = {}
+
+    def start(self, mux: Mux, params: dict[str, Any]) -> Task:
+        """Task: makes the bundle, runs the container, connects its stdio; returns ``{"pid": n}``."""
+        name = _name(params, "id")
+        if name in self._processes:
+            raise InUse("start container", subject=name, why="a container of this name exists", code="container-exists")
+        bundle = f"{BUNDLES}/{name}"
+        os.makedirs(bundle, 0o700, exist_ok=True)
+        spec = _dict(params, "spec")
+        apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
+        with open(f"{bundle}/config.json", "w") as file:
+            json.dump(spec, file)
+        argv = ["run", "--detach", "--bundle", bundle]
+        return (yield from self._launch(mux, name, bundle, argv, [name], params, bool(spec["process"].get("terminal"))))
+
+    def exec(self, mux: Mux, params: dict[str, Any]) -> Task:
+        """Task: runs a process in a running container; returns ``{"pid": n}``."""
+        container, key = _name(params, "container"), _name(params, "key")
+        main = self._processes.get(container)
+        if main is None or main.status is not None:
+            raise NotFound("run in container", subject=container, why="it is not running", code="container-not-running")
+        if key in self._processes:
+            raise InUse("run in container", subject=key, why="this process exists", code="process-exists")
+        folder = f"{BUNDLES}/{container}/{key}"
+        os.makedirs(folder, 0o700, exist_ok=True)
+        process = _dict(params, "process")
+        if params.get("user"):
+            with open(f"{BUNDLES}/{container}/config.json") as file:
+                apply_user(process, str(params["user"]), json.load(file)["root"]["path"])
+        with open(f"{folder}/process.json", "w") as file:
+            json.dump(process, file)
+        argv = ["exec", "--detach", "--process", f"{folder}/process.json"]
+        return (yield from self._launch(mux, key, folder, argv, [container], params, bool(process.get("terminal"))))
+
+    def _launch(
+        self, mux: Mux, key: str, folder: str, argv: list[str], tail: list[str], params: dict[str, Any], terminal: bool
+    ) -> Task:
+        log, pid_file = f"{folder}/log", f"{folder}/pid"
+        command = [
+            self._runtime, "--root", _STATE, "--cgroup-manager=cgroupfs", "--log", log, "--log-format", "json",
+            *argv, "--pid-file", pid_file,
+        ]  # fmt: skip
+        stdio = Stdio(terminal, int(params.get("stdin") or 0))
+        listener = _listen(f"{folder}/tty") if terminal else None
+        try:
+            if listener is not None:
+                command += ["--console-socket", f"{folder}/tty"]
+            status = yield from self._children.run(command + tail, *stdio.child)
+            if status != 0:
+                raise _failure(log, stdio)
+            stdio.close_child()
+            terminal_fd = _receive_fd(listener) if listener is not None else -1
+            with open(pid_file) as file:
+                process = Process(key, int(file.read()), terminal_fd)
+            self._connect(mux, process, stdio, params)
+        finally:
+            stdio.close()
+            if listener is not None:
+                listener.close()
+        self._processes[key] = process
+        self._children.on_exit(process.pid, lambda status: self._ended(process, status))
+        return {"pid": process.pid}
+
+    def _connect(self, mux: Mux, process: Process, stdio: Stdio, params: dict[str, Any]) -> None:
+        stdin, stdout, stderr = (int(params.get(name) or 0) for name in ("stdin", "stdout", "stderr"))
+        outputs = []
+        if process.terminal_fd >= 0:
+            self.resize(process, params.get("size"))
+            outputs = [(os.dup(process.terminal_fd), stdout)]
+            input_fd = os.dup(process.terminal_fd)
+        else:
+            input_fd, *readers = stdio.ours
+            outputs = list(zip(readers, (stdout, stderr), strict=True))
+            stdio.ours = []
+        if input_fd >= 0:
+            process.input = Input(self._loop, mux, input_fd, stdin)
+        for fd, channel in outputs:
+            process.outputs.append(Output(self._loop, mux, fd, channel, lambda: self._maybe_report(process)))
+
+    def _ended(self, process: Process, status: int) -> None:
+        process.status = status
+        if process.input is not None:
+            process.input.abandon()
+        for output in process.outputs:
+            output.drain()
+        self._maybe_report(process)
+
+    def _maybe_report(self, process: Process) -> None:
+        """Reports the end once, after the last byte of output."""
+        if process.status is None or not all(output.finished for output in process.outputs):
+            return
+        if self._processes.pop(process.key, None) is None:
+            return
+        if process.terminal_fd >= 0:
+            os.close(process.terminal_fd)
+        status = process.status
+        signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        code = 128 + signalled if signalled else os.WEXITSTATUS(status)
+        self._report("exit", {"key": process.key, "pid": process.pid, "code": code, "signal": signalled})
+
+    def find(self, key: str) -> Process:
+        """The running process of that key.
+
+        Raises:
+            NotFound: there is none.
+        """
+        process = self._processes.get(key)
+        if process is None:
+            raise NotFound("find process", subject=key, why="it is not running", code="process-not-running")
+        return process
+
+    def streams(self, channel: int) -> tuple[Input | None, Output | None]:
+        """The process's end of a stream, whichever direction it has."""
+        for process in self._processes.values():
+            if process.input is not None and process.input.channel == channel:
+                terminal = next((o for o in process.outputs if o.channel == channel), None)
+                return process.input, terminal
+            for output in process.outputs:
+                if output.channel == channel:
+                    return None, output
+        return None, None
+
+    def kill(self, key: str, number: int) -> None:
+        """Sends a signal to a process; one that has just ended is no error."""
+        try:
+            os.kill(self.find(key).pid, signal.Signals(number))
+        except ProcessLookupError:
+            return
+        except ValueError:
+            raise InvalidInput("send signal", subject=number, why="there is no such signal") from None
+
+    def resize(self, process: Process, size: object) -> None:
+        """Sets the terminal's ``[rows, columns]``; the kernel sends SIGWINCH (ioctl_tty(2))."""
+        if process.terminal_fd < 0 or not isinstance(size, list) or len(size) != 2:
+            return
+        import fcntl
+        import struct
+        import termios
+
+        rows, columns = (min(max(int(number), 0), 0xFFFF) for number in size)
+        fcntl.ioctl(process.terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def remove(self, params: dict[str, Any]) -> Task:
+        """Task: kills and deletes a container and its bundle; one that is gone is success."""
+        name = _name(params, "id")
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        log = f"{_STATE}/{name}.delete.log"
+        try:
+            if os.path.isdir(f"{_STATE}/{name}"):
+                argv = [self._runtime, "--root", _STATE, "--cgroup-manager=cgroupfs", "--log", log, "delete", "--force", name]
+                status = yield from self._children.run(argv, null, null, null)
+                if status != 0 and os.path.isdir(f"{_STATE}/{name}"):
+                    raise GuestFailed("delete container", subject=name, why=_log_text(log))
+        finally:
+            os.close(null)
+        _remove_bundle(f"{BUNDLES}/{name}")
+        return {}
+
+
+def _remove_bundle(folder: str) -> None:
+    """Removes the bundle's own files; nothing is ever mounted in there."""
+    for path, names, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(f"{path}/{name}")
+        for name in names:
+            os.rmdir(f"{path}/{name}")
+    if os.path.isdir(folder):
+        os.rmdir(folder)
+
+
+def _listen(path: str) -> Any:
+    import _socket
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(1)
+    return listener
+
+
+def _receive_fd(listener: Any) -> int:
+    """The terminal that the runtime sent to the console socket before it exited."""
+    import _socket
+
+    listener.settimeout(5)
+    fd, _ = listener._accept()
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+    try:
+        connection.settimeout(5)
+        _data, control, _flags, _address = connection.recvmsg(4096, _socket.CMSG_SPACE(4))
+    finally:
+        connection.close()
+    for level, kind, payload in control:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            terminal_fd = int.from_bytes(payload[:4], "little")
+            os.set_inheritable(terminal_fd, False)
+            return terminal_fd
+    raise GuestFailed("start container", why="the runtime sent no terminal")
+
+
+def _log_text(log: str) -> str:
+    """The runtime's last error, from its JSON log."""
+    try:
+        with open(log) as file:
+            lines = file.read(65536).splitlines()
+    except OSError:
+        return "the runtime failed and left no log"
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return line
+        if isinstance(record, dict) and record.get("msg"):
+            return str(record["msg"])
+    return "the runtime failed and said nothing"
+
+
+def _failure(log: str, stdio: Stdio) -> Exception:
+    """The runtime's failure as an error: not found and not executable have exit statuses of their own."""
+    text = _log_text(log)
+    if "found in $PATH" in text or ("executable file" in text and "not found" in text):
+        return CommandNotFound("start container", why=text, hint="is the command in the image, and its folder in PATH?")
+    lowered = text.lower()
+    if "exec" in lowered and "no such file or directory" in lowered:
+        return CommandNotFound("start container", why=text, hint="is the command, or its interpreter, in the image?")
+    if "exec" in lowered and any(part in lowered for part in ("permission denied", "format error", "is a directory")):
+        return CommandNotExecutable("start container", why=text, hint="is it executable, and for this architecture?")
+    return GuestFailed("start container", why=text, code="runtime-failed")
+
+
+def _name(params: dict[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= 128 or value[0] == "." or set(value) - _NAME_CHARACTERS:
+        raise InvalidInput("read request", subject=key, why=f"not a name: {value!r}")
+    return value
+
+
+def _dict(params: dict[str, Any], key: str) -> dict[str, Any]:
+    value = params.get(key)
+    if not isinstance(value, dict):
+        raise InvalidInput("read request", subject=key, why="not an object")
+    return value

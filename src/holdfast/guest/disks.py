@@ -1,0 +1,127 @@
+"""Finds a disk by where it is plugged in, never by its letter.
+
+``/dev/sdX`` letters and SCSI host numbers come in the order of discovery, which no one promises.  What
+is fixed is the PCI address that the host gave each controller: below it sysfs shows the SCSI host
+number, and ``<host>:0:0:<lun>`` names the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from time import monotonic
+
+from holdfast.errors import GuestFailed, NotReleased
+from holdfast.guest.loop import sleep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from holdfast.guest.loop import Task
+
+#: PCI device numbers of SCSI controllers 0 to 3 on bus 0; machine/qemu.py plugs them in there.
+CONTROLLER_PCI_SLOTS = (0x10, 0x11, 0x12, 0x13)
+_POLL_SECONDS = 0.002
+_hosts: dict[int, int] = {}
+
+
+def _scsi_host(controller: int) -> int:
+    """The guest's SCSI host number of a controller.
+
+    Raises:
+        GuestFailed: there is no such controller.
+    """
+    if controller not in _hosts:
+        if not 0 <= controller < len(CONTROLLER_PCI_SLOTS):
+            raise GuestFailed("find SCSI controller", subject=controller, why="there are controllers 0 to 3")
+        base = f"/sys/bus/pci/devices/0000:00:{CONTROLLER_PCI_SLOTS[controller]:02x}.0"
+        try:
+            device = next(name for name in os.listdir(base) if name.startswith("virtio"))
+            host = next(name for name in os.listdir(f"{base}/{device}") if name.startswith("host"))
+        except (OSError, StopIteration) as error:
+            raise GuestFailed("find SCSI controller", subject=controller, why=error or "not in sysfs") from None
+        _hosts[controller] = int(host[4:])
+    return _hosts[controller]
+
+
+def sysfs_path(controller: int, lun: int) -> str:
+    """The disk's folder in sysfs, whether it is there or not."""
+    return f"/sys/bus/scsi/devices/{_scsi_host(controller)}:0:0:{lun}"
+
+
+def wait_for_disk(controller: int, lun: int, partition: int = 0) -> Task:
+    """Task: waits until the kernel has made the disk and its device can be opened; returns ``/dev/...``.
+
+    The device node appears before it can be opened (ENXIO) and sysfs before the node (ENOENT): both are
+    waited out.  ``partition`` counts from 1; 0 is the whole disk.
+    """
+    folder = sysfs_path(controller, lun) + "/block"
+    while True:
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            names = []
+        if len(names) > 1:
+            raise GuestFailed("find disk", subject=f"{controller}:{lun}", why=f"several devices: {names}")
+        if names:
+            device = _openable(names[0], f"{folder}/{names[0]}", partition)
+            if device:
+                return device
+        yield sleep(_POLL_SECONDS)
+
+
+def _openable(disk: str, folder: str, partition: int) -> str:
+    name = disk
+    if partition:
+        name = f"{disk}{partition}"
+        if not os.path.isdir(f"{folder}/{name}"):
+            return ""
+    try:
+        os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO):
+            return ""
+        raise GuestFailed("open disk", subject=f"/dev/{name}", why=error) from None
+    return f"/dev/{name}"
+
+
+def prove_unused(controller: int, lun: int) -> None:
+    """Checks that no filesystem of the disk is mounted anywhere in the guest any more.
+
+    An exclusive open of a block device fails with EBUSY as long as a superblock holds it (open(2)); a
+    lazily unmounted filesystem that somebody still uses is caught here, where umount was content.
+
+    Raises:
+        NotReleased: something still uses it.
+    """
+    try:
+        names = os.listdir(sysfs_path(controller, lun) + "/block")
+    except FileNotFoundError:
+        return
+    for name in names:
+        try:
+            os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise NotReleased(
+                "unmount disk", subject=f"{controller}:{lun}", why="the guest still uses it", code="disk-busy",
+                hint="end the processes that have files open on it, then detach again",
+            ) from None  # fmt: skip
+
+
+def eject(controller: int, lun: int) -> Task:
+    """Task: tells the guest's kernel to let go of the disk and waits until it has; already gone is success."""
+    prove_unused(controller, lun)
+    folder = sysfs_path(controller, lun)
+    try:
+        with open(f"{folder}/delete", "w") as file:
+            file.write("1\n")
+    except FileNotFoundError:
+        return
+    started = monotonic()
+    while os.path.isdir(folder):
+        yield sleep(_POLL_SECONDS)
+        if monotonic() - started > 30:
+            raise NotReleased("eject disk", subject=f"{controller}:{lun}", why="the guest's kernel keeps it")

@@ -1,0 +1,262 @@
+"""Guest requests about storage: ``modify`` with a resource type, a request type and settings.
+
+Field names are those of the utility-VM protocol; absent numbers are zero.  Adding undoes itself when it
+fails half-way; removing what is already gone is success, so that a host whose second half failed can
+simply ask again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from holdfast.errors import GuestFailed, InUse, InvalidInput, Unsupported
+from holdfast.guest import disks
+from holdfast.linux import syscalls
+from holdfast.mounts import options as mount_options
+from holdfast.mounts.probe import NO_REPLAY, probe_filesystem
+from holdfast.mounts.unmount import remove_mount_point, unmount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from holdfast.guest.loop import Task
+
+#: Where the pod's one 9p export is mounted; every share is a directory below, named by its number.
+SHARES = "/run/mounts/plan9"
+NINEP_TAG = "holdfast"
+#: ``cache=mmap``: data always comes from the host, and shared writable maps (SQLite) still work.
+_NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client,posixacl"
+
+
+def modify(request: dict[str, Any]) -> Task:
+    """Task: carries out one modify request; returns ``{"path": guest path}`` or ``{}``."""
+    resource, action = _text(request, "ResourceType"), _text(request, "RequestType") or "Add"
+    settings = request.get("Settings")
+    if not isinstance(settings, dict):
+        raise InvalidInput("modify guest", subject=resource, why="Settings is not an object")
+    handler = _HANDLERS.get((resource, action))
+    if handler is None:
+        raise InvalidInput(
+            "modify guest", subject=resource, why=f"unknown resource type, or it knows no {action!r}",
+            code="unknown-resource",
+        )  # fmt: skip
+    return (yield from handler(settings))
+
+
+def _add_disk(settings: dict[str, Any]) -> Task:
+    target = _path(settings, "MountPath")
+    controller, lun = _number(settings, "Controller"), _number(settings, "Lun")
+    device = yield from disks.wait_for_disk(controller, lun, _number(settings, "Partition"))
+    read_only = bool(settings.get("ReadOnly"))
+    fstype = _filesystem(device, _text(settings, "Filesystem"))
+    options = mount_options.parse([str(option) for option in settings.get("Options", ())])
+    flags = options.flags | (syscalls.MS_RDONLY if read_only else 0)
+    data = list(options.data)
+    if flags & syscalls.MS_RDONLY and fstype in NO_REPLAY:
+        data.append(NO_REPLAY[fstype])
+    made = _make_mount_point(target)
+    try:
+        _mount(device, target, fstype, flags, ",".join(data))
+        _propagate(target, options.propagation)
+    except BaseException:
+        unmount(target)
+        if made:
+            remove_mount_point(target)
+        raise
+    return {"path": target, "device": device, "filesystem": fstype}
+
+
+def _propagate(target: str, propagation: tuple[int, ...]) -> None:
+    for flag in propagation:
+        syscalls.mount("none", target, "", flag)
+
+
+def _filesystem(device: str, asked: str) -> str:
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = probe_filesystem(fd)
+    finally:
+        os.close(fd)
+    if asked and found and asked != found:
+        raise GuestFailed("mount disk", subject=device, why=f"it holds {found}, not {asked}", code="wrong-filesystem")
+    if found in ("luks", "swap") or not found:
+        raise GuestFailed(
+            "mount disk", subject=device, code="no-filesystem",
+            why=f"it holds {found}, which cannot be mounted" if found else "no known filesystem on it",
+            hint="make one with mkfs; Holdfast never formats a disk that it did not make",
+        )  # fmt: skip
+    return found
+
+
+def _mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+    try:
+        syscalls.mount(source, target, fstype, flags, data)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            raise Unsupported(
+                "mount", subject=f"{source} as {fstype}", why="the guest's kernel does not know this filesystem",
+                code="filesystem-unsupported",
+            ) from None  # fmt: skip
+        raise GuestFailed("mount", subject=f"{source} as {fstype}", why=error, code="mount-failed") from None
+
+
+def _remove_disk(settings: dict[str, Any]) -> Task:
+    target = _path(settings, "MountPath")
+    unmount(target)
+    remove_mount_point(target)
+    disks.prove_unused(_number(settings, "Controller"), _number(settings, "Lun"))
+    return {}
+    yield
+
+
+def _eject_disk(settings: dict[str, Any]) -> Task:
+    yield from disks.eject(_number(settings, "Controller"), _number(settings, "Lun"))
+    return {}
+
+
+def _add_share(settings: dict[str, Any]) -> Task:
+    name = _text(settings, "ShareName")
+    if not name.isdigit():
+        raise InvalidInput("add share", subject=name, why="a share's name is a number")
+    target = _path(settings, "MountPath")
+    if not os.path.ismount(SHARES):
+        os.makedirs(SHARES, exist_ok=True)
+        _mount(NINEP_TAG, SHARES, "9p", syscalls.MS_NOSUID if settings.get("NoSuid") else 0, _NINEP_DATA)
+    made = _make_mount_point(target)
+    try:
+        _bind(f"{SHARES}/{name}", target, bool(settings.get("ReadOnly")))
+    except BaseException:
+        unmount(target)
+        if made:
+            remove_mount_point(target)
+        raise
+    return {"path": target}
+    yield
+
+
+def _bind(source: str, target: str, read_only: bool) -> None:
+    try:
+        syscalls.mount(source, target, "", syscalls.MS_BIND)
+        if read_only:  # MS_BIND ignores MS_RDONLY the first time: mount(2)
+            syscalls.mount("none", target, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+    except OSError as error:
+        raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
+
+
+def _remove_share(settings: dict[str, Any]) -> Task:
+    target = _path(settings, "MountPath")
+    unmount(target)
+    remove_mount_point(target)
+    # The last share takes the 9p mount with it: QEMU does not save a machine while one is mounted.
+    if settings.get("Last"):
+        unmount(SHARES)
+    return {}
+    yield
+
+
+def _add_layers(settings: dict[str, Any]) -> Task:
+    target, scratch = _path(settings, "ContainerRootPath"), _text(settings, "ScratchPath")
+    layers = settings.get("Layers")
+    if not isinstance(layers, list) or not layers:
+        raise InvalidInput("combine layers", subject=target, why="no layers")
+    paths = [_path(layer, "Path") for layer in layers if isinstance(layer, dict)]
+    flags = 0 if scratch else syscalls.MS_RDONLY
+    made = _make_mount_point(target)
+    try:
+        if len(paths) == 1 and not scratch:  # overlay needs two layers when nothing is on top
+            _bind(paths[0], target, read_only=True)
+        else:
+            _overlay(paths, scratch, target, flags)
+    except BaseException:
+        unmount(target)
+        if made:
+            remove_mount_point(target)
+        raise
+    return {"path": target}
+    yield
+
+
+def _overlay(layers: list[str], scratch: str, target: str, flags: int) -> None:
+    """Mounts the layers, the first on top.  Option data holds one page, so names are relative to the layers' folder."""
+    folder = os.path.commonpath([os.path.dirname(layer) for layer in layers])
+    lower = ":".join(_escape(os.path.relpath(layer, folder)) for layer in layers)
+    data = f"lowerdir={lower}"
+    if scratch:
+        upper, work = f"{scratch}/upper", f"{scratch}/work"
+        os.makedirs(upper, 0o755, exist_ok=True)
+        os.makedirs(work, 0o755, exist_ok=True)
+        status = os.stat(layers[0])  # the root directory's owner and mode are the image's
+        os.chown(upper, status.st_uid, status.st_gid)
+        os.chmod(upper, status.st_mode & 0o7777)
+        data += f",upperdir={_escape(upper)},workdir={_escape(work)}"
+    if len(data) >= 4096:
+        raise Unsupported("combine layers", subject=target, why=f"{len(layers)} layers need more than one page of options")
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.chdir(folder)
+        _mount("overlay", target, "overlay", flags, data)
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def _escape(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _remove_layers(settings: dict[str, Any]) -> Task:
+    target = _path(settings, "ContainerRootPath")
+    unmount(target)
+    remove_mount_point(target)
+    return {}
+    yield
+
+
+_HANDLERS = {
+    ("MappedVirtualDisk", "Add"): _add_disk,
+    ("MappedVirtualDisk", "Remove"): _remove_disk,
+    ("SCSIDevice", "Remove"): _eject_disk,
+    ("MappedDirectory", "Add"): _add_share,
+    ("MappedDirectory", "Remove"): _remove_share,
+    ("CombinedLayers", "Add"): _add_layers,
+    ("CombinedLayers", "Remove"): _remove_layers,
+}
+
+
+def _make_mount_point(target: str) -> bool:
+    """Makes ``target``; False when it was there.
+
+    Raises:
+        InUse: something is mounted there already.
+    """
+    if os.path.ismount(target):
+        raise InUse("mount", subject=target, why="something else is mounted there", code="path-in-use")
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    try:
+        os.mkdir(target, 0o755)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _text(settings: dict[str, Any], key: str) -> str:
+    value = settings.get(key, "")
+    if not isinstance(value, str):
+        raise InvalidInput("read request", subject=key, why="not a string")
+    return value
+
+
+def _path(settings: dict[str, Any], key: str) -> str:
+    value = _text(settings, key)
+    if not value.startswith("/") or "/../" in value + "/" or "\0" in value:
+        raise InvalidInput("read request", subject=key, why=f"not an absolute, clean path: {value!r}")
+    return value
+
+
+def _number(settings: dict[str, Any], key: str) -> int:
+    value = settings.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput("read request", subject=key, why="not a number")
+    return value

@@ -1,0 +1,1 @@
+"""System calls by ctypes, owned file descriptors, kernel features.  Imports nothing of Holdfast but ``errors``."""

@@ -1,0 +1,230 @@
+"""A QEMU virtual machine: the :class:`~holdfast.machine.sandbox.Sandbox` of a pod."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import HoldfastError, MachineFailed, TimedOut
+from holdfast.machine import migration
+from holdfast.machine.config import MachineConfig, Wiring, command_line
+from holdfast.machine.console import Console
+from holdfast.machine.process import FIRST_FD, Child
+from holdfast.machine.sandbox import Slot
+from holdfast.wire.aio import Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.machine.qmp import Qmp
+
+HELLO_SECONDS = 5.0
+BOOT_SECONDS = 90.0
+_UNPLUG_SECONDS = 10.0
+
+
+class VirtualMachine:
+    """One QEMU process with its control channel and its agent.
+
+    Use :func:`start`; the object owns the process, the socket pairs and the console log.
+    """
+
+    def __init__(self, config: MachineConfig, export: str) -> None:
+        self.config = config
+        self.export = export
+        self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda _name, _params: None
+        self._child: Child
+        self._qmp: Qmp
+        self._agent: Connection
+        self._console: Console
+        self._watcher: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._child.pid
+
+    async def request(self, method: str, params: dict[str, Any], seconds: float) -> Any:
+        """Asks the agent.  See :meth:`Connection.request`."""
+        return await self._agent.request(method, params, seconds)
+
+    @property
+    def agent(self) -> Connection:
+        """The connection to the agent, for streams."""
+        return self._agent
+
+    @property
+    def qmp(self) -> Qmp:
+        """The connection to QEMU."""
+        return self._qmp
+
+    # -- disks --------------------------------------------------------------------------------
+
+    async def plug_disk(self, slot: Slot, disk_fd: int, disk_format: str, read_only: bool, block_device: bool) -> None:
+        """See :meth:`Sandbox.plug_disk`.  Ids are deterministic, so that what is plugged in can be asked for."""
+        node, device, fdset = _names(slot)
+        driver = "host_device" if block_device else "file"
+        file = {"driver": driver, "filename": f"/dev/fdset/{fdset}", "read-only": read_only, "discard": "unmap"}
+        options: dict[str, Any] = {
+            "node-name": node, "driver": disk_format, "read-only": read_only, "discard": "unmap", "file": file,
+        }  # fmt: skip
+        if disk_format == "qcow2":  # never opens another file by itself, whatever the image says
+            options["backing"] = None
+        await self._qmp.add_fd(fdset, disk_fd)
+        try:
+            await self._qmp.execute("blockdev-add", options)
+            await self._qmp.execute("device_add", {
+                "driver": "scsi-hd", "id": device, "bus": f"scsi{slot.controller}.0", "channel": 0, "scsi-id": 0,
+                "lun": slot.lun, "drive": node, "serial": device,
+            })  # fmt: skip
+        except BaseException:
+            await asyncio.shield(self._forget(slot))
+            raise
+
+    async def unplug_disk(self, slot: Slot) -> None:
+        """See :meth:`Sandbox.unplug_disk`: the slot is free only when QEMU has said that the device is gone."""
+        _, device, _ = _names(slot)
+        await self._qmp.delete_device(device, _UNPLUG_SECONDS)
+        await self._forget(slot)
+
+    async def _forget(self, slot: Slot) -> None:
+        node, _, fdset = _names(slot)
+        await self._qmp.execute_if_there("blockdev-del", {"node-name": node})
+        await self._qmp.execute_if_there("remove-fd", {"fdset-id": fdset})
+
+    async def plugged(self) -> set[Slot]:
+        """See :meth:`Sandbox.plugged`."""
+        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
+        slots = {tuple(name[1:].split("-")) for node in nodes if (name := str(node["node-name"]))[:1] == "d"}
+        return {Slot(int(controller), int(lun)) for controller, lun in slots}
+
+    def last_lines(self) -> str:
+        """What the guest, or QEMU, printed last."""
+        return self._console.last_lines() or "nothing"
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def stop_processors(self) -> None:
+        """Pauses the guest."""
+        await self._qmp.execute("stop", {})
+
+    async def close(self) -> None:
+        """Kills QEMU and frees everything; a second call does nothing."""
+        self._closing = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._child.kill()
+        self._fail(MachineFailed("use the machine", why="it was closed", code="machine-closed"))
+        await self._qmp.close()
+        self._console.close()
+
+    def describe_death(self) -> MachineFailed:
+        """Why the machine is gone: exit status and the console's last lines."""
+        status = self._child.exited.result() if self._child.exited.done() else None
+        how = "was killed by signal " + str(-status) if status is not None and status < 0 else f"exited with {status}"
+        why = f"QEMU {how}; last on its console: {self.last_lines()}"
+        return MachineFailed("use the machine", why=why, code="machine-died")
+
+    def _fail(self, error: HoldfastError) -> None:
+        self._agent.fail(error)
+        if not self.died.done():
+            self.died.set_result(None)
+
+    async def _watch(self) -> None:
+        await asyncio.shield(self._child.exited)
+        error = self.describe_death()
+        self._qmp.fail(error)
+        self._fail(error)
+
+    async def start(self, wiring: Wiring, console_log: str, qmp_end: socket.socket, agent_end: socket.socket,
+                    fds: list[int]) -> None:  # fmt: skip
+        """Spawns QEMU; see :func:`start`."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._child = Child(command_line(self.config, wiring, str(uuid.uuid4())), fds, writer)
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        self._console = Console(reader, console_log)
+        # QEMU needs its time to start; importing its protocol's library meanwhile costs nothing.
+        from holdfast.machine.qmp import Qmp
+
+        self._qmp = Qmp(qmp_end)
+        self._agent = Connection(
+            on_event=lambda name, params: self.on_event(name, params),
+            on_lost=lambda: None,  # only QEMU's end closes it, and _watch says better why
+        )
+        await asyncio.get_running_loop().create_connection(lambda: self._agent, sock=agent_end)
+        self._watcher = asyncio.create_task(self._watch())
+
+
+async def start(
+    config: MachineConfig,
+    *,
+    ram_path: str,
+    ram_shared: bool,
+    export: str,
+    console_log: str,
+    state_fd: int = -1,
+    boot_seconds: float = BOOT_SECONDS,
+) -> VirtualMachine:
+    """Starts a machine and waits for its agent.
+
+    Args:
+        ram_path: file of the guest's RAM, of the right size already.
+        ram_shared: boot into the file (to be saved); else changes to it stay private.
+        export: folder served over 9p.
+        console_log: file for what the guest prints.
+        state_fd: saved device state to start from; -1 boots.
+        boot_seconds: how long a boot may take.
+
+    Raises:
+        MachineFailed: QEMU or the guest failed; carries the console's last lines.
+        TimedOut: the agent did not answer in time.
+    """
+    machine = VirtualMachine(config, export)
+    qmp_ours, qmp_theirs = socket.socketpair()
+    agent_ours, agent_theirs = socket.socketpair()
+    with qmp_theirs, agent_theirs:
+        wiring = Wiring(ram_path, ram_shared, export, FIRST_FD, FIRST_FD + 1, state_fd >= 0)
+        try:
+            await machine.start(wiring, console_log, qmp_ours, agent_ours, [qmp_theirs.fileno(), agent_theirs.fileno()])
+        except BaseException:
+            qmp_ours.close()
+            agent_ours.close()
+            raise
+    try:
+        await machine.qmp.connect(HELLO_SECONDS)
+        if state_fd >= 0:
+            await migration.restore(machine.qmp, state_fd)
+        await _greet(machine, None if state_fd >= 0 else boot_seconds)
+    except TimedOut as error:
+        error.why += f"; last on its console: {machine.last_lines()}"
+        await asyncio.shield(machine.close())
+        raise
+    except BaseException:
+        await asyncio.shield(machine.close())
+        raise
+    return machine
+
+
+async def _greet(machine: VirtualMachine, boot_seconds: float | None) -> None:
+    await machine.agent.synchronise(boot_seconds or HELLO_SECONDS)
+    if boot_seconds is None:
+        params = {"time_ns": time.time_ns(), "entropy": os.urandom(64).hex(), "hostname": "holdfast"}
+        await machine.request("resume", params, HELLO_SECONDS)
+
+
+def _names(slot: Slot) -> tuple[str, str, int]:
+    """Block node, device id and descriptor set of a slot."""
+    name = f"{slot.controller}-{slot.lun}"
+    return f"d{name}", f"disk{name}", 1000 + slot.controller * 64 + slot.lun
+

@@ -1,0 +1,41 @@
+"""Unmounting that can be tried again, and never deletes through a mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from holdfast.errors import NotReleased
+from holdfast.linux import syscalls
+
+#: More mounts than this stacked on one path is a mistake, not a use.
+_MOST_STACKED = 64
+
+
+def unmount(target: str) -> None:
+    """Unmounts everything stacked on ``target``; not mounted, or not there, is success.
+
+    Raises:
+        NotReleased: somebody still uses it.
+    """
+    for _ in range(_MOST_STACKED):
+        try:
+            syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            raise NotReleased("unmount", subject=target, why=error, code="mount-busy") from None
+
+
+def remove_mount_point(target: str) -> None:
+    """Removes an empty mount point: ``rmdir``, so that what is still mounted there stays untouched.
+
+    Raises:
+        NotReleased: it is not empty, or still a mount point.
+    """
+    try:
+        os.rmdir(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise NotReleased("remove mount point", subject=target, why=error, code="mount-busy") from None

@@ -1,0 +1,229 @@
+"""The mounts of a command line, ``--mount type=...`` and ``-v SRC:DST``, as mount objects of the runtime-spec.
+
+The syntax is podman's, with two types more: ``disk`` and ``physical-disk``, which become the types that utility
+VMs know, ``virtual-disk`` and ``physical-disk``.  Nothing is looked up here: whether a source exists, and
+what a ``volume`` or ``image`` is, storage decides.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from typing import TYPE_CHECKING
+
+from holdfast.errors import InvalidInput
+from holdfast.mounts.options import FLAG_NAMES, PROPAGATION_NAMES, is_read_only
+from holdfast.spec.runtime import JsonObject, clean_path
+from holdfast.spec.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TYPES = ("bind", "disk", "physical-disk", "tmpfs", "volume", "image")
+
+_OCI_TYPES = {"disk": "virtual-disk"}
+_ALIASES = {
+    "src": "source",
+    "dst": "destination",
+    "target": "destination",
+    "readonly": "ro",
+    "read-only": "ro",
+    "readwrite": "rw",
+    "tmpfs-size": "size",
+    "tmpfs-mode": "mode",
+}
+_TYPE_KEYS: dict[str, tuple[str, ...]] = {
+    "bind": ("bind-propagation", "bind-nonrecursive"),
+    "tmpfs": ("size", "mode", "tmpcopyup", "notmpcopyup"),
+}
+_WITHOUT_VALUE = (*FLAG_NAMES, "bind-nonrecursive", "tmpcopyup", "notmpcopyup")
+
+
+def parse_mount(text: str, *, cwd: str, option: str = "--mount", destination_needed: bool = True) -> JsonObject:
+    """The mount that ``--mount text`` asks for.
+
+    Args:
+        text: ``key=value`` pairs with commas between; a pair with a comma in it is put in double quotes.
+        cwd: what a relative source is relative to.
+        option: the option's name, for errors.
+        destination_needed: False if the place in the guest may be left to Holdfast.
+
+    Returns:
+        ``destination`` (perhaps empty), ``type``, ``source``, ``options``.
+
+    Raises:
+        InvalidInput: ``mount-option``.
+    """
+    subject = f"{option} {text}"
+    keys = _pairs(text, subject)
+    kind = keys.pop("type", "volume")  # podman's default, too
+    if kind not in TYPES:
+        raise _wrong(subject, f"unknown type {kind!r}", f"type is one of {', '.join(TYPES)}")
+    source, destination = keys.pop("source", ""), keys.pop("destination", "")
+    known = ("ro", "rw", *_TYPE_KEYS.get(kind, ()), *(FLAG_NAMES if kind != "image" else ()))
+    for key, value in keys.items():
+        if key not in known:
+            own = ", ".join(("source", "destination", "ro", "rw", *_TYPE_KEYS.get(kind, ())))
+            raise _wrong(subject, f"type={kind} takes no {key!r}", f"it takes {own}")
+        if value and key in _WITHOUT_VALUE:
+            raise _wrong(subject, f"{key!r} takes no value")
+    if destination or destination_needed:
+        destination = _destination(destination, subject)
+    return {
+        "destination": destination,
+        "type": _OCI_TYPES.get(kind, kind),
+        "source": _source(kind, source, cwd, subject),
+        "options": _options(kind, keys, subject),
+    }
+
+
+def parse_volume(text: str, *, cwd: str, option: str = "-v") -> JsonObject:
+    """The mount that ``-v SRC:DST[:OPTIONS]`` asks for: a host path if SRC begins with ``/`` or ``.``, else a volume.
+
+    Raises:
+        InvalidInput: ``mount-option``.
+    """
+    subject = f"{option} {text}"
+    parts = text.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise _wrong(subject, "expected SRC:DST or SRC:DST:OPTIONS")
+    source, destination, words = {1: ("", parts[0], ""), 2: (*parts, ""), 3: tuple(parts)}[len(parts)]
+    kind = "bind" if source[:1] in ("/", ".") else "volume"
+    keys: dict[str, str] = {}
+    for word in words.split(",") if words else ():
+        if word in PROPAGATION_NAMES:
+            keys["bind-propagation"] = word
+        elif word == "bind":
+            keys["bind-nonrecursive"] = ""
+        elif word in ("ro", "rw") or word in FLAG_NAMES:
+            keys[word] = ""
+        # z and Z ask for a new SELinux label: a share is relabelled by nobody, so there is nothing to do.
+        elif word not in ("rbind", "z", "Z"):
+            raise _wrong(subject, f"unknown option {word!r}", "ro, rw, nosuid, nodev, noexec, rprivate, rslave...")
+    if kind == "volume":
+        keys.pop("bind-propagation", None)
+    return {
+        "destination": _destination(destination, subject),
+        "type": kind,
+        "source": _source(kind, source, cwd, subject) if source else "",
+        "options": _options(kind, keys, subject),
+    }
+
+
+def add_mounts(raw: JsonObject, mounts: Iterable[JsonObject]) -> None:
+    """Adds ``mounts`` to the spec ``raw``, in place: ``raw`` is the caller's own copy.
+
+    A mount takes the place of one with the same destination, and comes before those below it, which it would
+    hide.  One on ``/dev`` brings devices of its own: what the spec mounts below is dropped, as engines do.
+    """
+    listed: list[JsonObject] = raw.get("mounts") or []
+    for mount in sorted(mounts, key=lambda mount: clean_path(mount["destination"]).count("/")):
+        target = clean_path(mount["destination"])
+        below = target.rstrip("/") + "/"
+        kept = [(path, other) for other in listed if (path := clean_path(other["destination"])) != target]
+        if target == "/dev":
+            kept = [(path, other) for path, other in kept if not path.startswith(below)]
+        listed = [other for _, other in kept]
+        index = next((index for index, (path, _) in enumerate(kept) if path.startswith(below)), len(kept))
+        listed.insert(index, mount)
+    raw["mounts"] = listed
+
+
+def _pairs(text: str, subject: str) -> dict[str, str]:
+    import csv
+
+    if set(text) & {"\n", "\r", "\0"}:
+        raise _wrong(subject, "holds a line break or a NUL")
+    try:
+        (fields,) = csv.reader([text], strict=True)
+    except csv.Error:
+        fields = ['"']
+    keys: dict[str, str] = {}
+    for pair in fields:
+        if pair.count('"') % 2:
+            raise _wrong(subject, "quotes do not match", "quote whole pairs: 'type=bind,\"src=/a,b\",dst=/c'")
+        name, equals, value = pair.partition("=")
+        key = name.strip().lower()
+        key = _ALIASES.get(key, key)
+        if not key:
+            raise _wrong(subject, "an empty key" if equals else "two commas, or one at an end")
+        if key in keys:
+            raise _wrong(subject, f"{key!r} is given twice")
+        if key in ("type", "source", "destination", "size", "mode", "bind-propagation") and not value:
+            raise _wrong(subject, f"{key!r} needs a value")
+        keys[key] = value
+    return keys
+
+
+def _destination(path: str, subject: str) -> str:
+    if not path:
+        raise _wrong(subject, "no destination", "say where in the container: dst=/path")
+    if not path.startswith("/"):
+        raise _wrong(subject, f"destination must be absolute, not {path!r}")
+    if clean_path(path) == "/":
+        raise _wrong(subject, "destination is the root itself")
+    return clean_path(path)
+
+
+def _source(kind: str, source: str, cwd: str, subject: str) -> str:
+    if kind == "tmpfs":
+        if source:
+            raise _wrong(subject, "type=tmpfs has no source")
+        return "tmpfs"
+    if kind == "volume":
+        if "/" in source:
+            raise _wrong(subject, f"{source!r} is not a volume's name", "for a folder of this host say type=bind")
+        return source
+    if not source:
+        raise _wrong(subject, "no source", "say what to mount: src=PATH" if kind != "image" else "src=IMAGE")
+    return source if kind == "image" else posixpath.normpath(os.path.join(cwd, source))
+
+
+def _options(kind: str, keys: dict[str, str], subject: str) -> list[str]:
+    """In the order in which engines write them: bind, propagation, access, the rest."""
+    options: list[str] = []
+    if kind == "bind":
+        propagation = keys.get("bind-propagation") or "rprivate"
+        if propagation not in PROPAGATION_NAMES:
+            raise _wrong(subject, f"bind-propagation={propagation}", f"it is one of {', '.join(PROPAGATION_NAMES)}")
+        options += ["bind" if "bind-nonrecursive" in keys else "rbind", propagation]
+    options.append(_access(kind, keys, subject))
+    options += [key for key in keys if key in FLAG_NAMES]
+    if kind == "tmpfs":
+        options += _tmpfs_options(keys, subject)
+    return options
+
+
+def _access(kind: str, keys: dict[str, str], subject: str) -> str:
+    if "ro" in keys and "rw" in keys:
+        raise _wrong(subject, "both ro and rw")
+    if not keys.keys() & {"ro", "rw"}:
+        return "ro" if kind == "image" else "rw"  # an image is shared by all that mount it
+    name = "ro" if "ro" in keys else "rw"
+    value = keys[name]
+    try:
+        read_only = is_read_only([f"{name}={value}" if value else name])
+    except InvalidInput as error:
+        raise _wrong(subject, f"{name}: {error.why}") from None
+    return "ro" if read_only else "rw"
+
+
+def _tmpfs_options(keys: dict[str, str], subject: str) -> list[str]:
+    # podman's defaults; "tmpcopyup" keeps what the image has there.
+    options = [name for name in ("nosuid", "nodev") if name not in keys and name[2:] not in keys]
+    if "notmpcopyup" not in keys:
+        options.append("tmpcopyup")
+    if size := keys.get("size"):
+        percent = size.removesuffix("%")
+        # tmpfs(5): a percentage is of the RAM, here of the pod's.
+        share = percent != size and percent.isdecimal() and 0 < int(percent) <= 100
+        options.append(f"size={size if share else parse_size(size, subject=subject)}")
+    if mode := keys.get("mode"):
+        if not (set(mode) <= set("01234567") and int(mode, 8) <= 0o7777):
+            raise _wrong(subject, f"mode={mode} is not an octal mode such as 1777")
+        options.append(f"mode={mode}")
+    return options
+
+
+def _wrong(subject: str, why: str, hint: str = "") -> InvalidInput:
+    return InvalidInput("read mount", subject=subject, why=why, hint=hint, code="mount-option")

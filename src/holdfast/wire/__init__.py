@@ -1,0 +1,1 @@
+"""Frames and messages: host <-> guest and client <-> monitor.  The guest imports this: standard library only."""
