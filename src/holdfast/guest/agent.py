@@ -111,7 +111,9 @@ class Agent:
         method = self._methods.get(str(body.get("method")))
         params, deadline_ms = body.get("params"), body.get("deadline_ms")
         if method is None or not isinstance(params, dict) or not isinstance(deadline_ms, int):
-            error = InvalidInput("answer request", subject=body.get("method", ""), why="unknown or malformed", code="unknown-request")
+            error = InvalidInput(
+                "answer request", subject=body.get("method", ""), why="unknown or malformed", code="unknown-request"
+            )
             self._mux.respond(request_id, error=error.as_dict())
             return
         try:

@@ -74,7 +74,9 @@ class Stdio:
 class Containers:
     """Starts containers and processes in them, and knows those that run."""
 
-    def __init__(self, loop: Loop, children: Children, runtime: str, report: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(
+        self, loop: Loop, children: Children, runtime: str, report: Callable[[str, dict[str, Any]], None]
+    ) -> None:
         self._loop = loop
         self._children = children
         self._runtime = runtime
@@ -89,6 +91,7 @@ class Containers:
         bundle = f"{BUNDLES}/{name}"
         os.makedirs(bundle, 0o700, exist_ok=True)
         spec = _dict(params, "spec")
+        _own_root(spec["root"]["path"], params.get("root"))
         apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         with open(f"{bundle}/config.json", "w") as file:
             json.dump(spec, file)
@@ -229,7 +232,17 @@ class Containers:
         log = f"{_STATE}/{name}.delete.log"
         try:
             if os.path.isdir(f"{_STATE}/{name}"):
-                argv = [self._runtime, "--root", _STATE, "--cgroup-manager=cgroupfs", "--log", log, "delete", "--force", name]
+                argv = [
+                    self._runtime,
+                    "--root",
+                    _STATE,
+                    "--cgroup-manager=cgroupfs",
+                    "--log",
+                    log,
+                    "delete",
+                    "--force",
+                    name,
+                ]
                 status = yield from self._children.run(argv, null, null, null)
                 if status != 0 and os.path.isdir(f"{_STATE}/{name}"):
                     raise GuestFailed("delete container", subject=name, why=_log_text(log))
@@ -237,6 +250,13 @@ class Containers:
             os.close(null)
         _remove_bundle(f"{BUNDLES}/{name}")
         return {}
+
+
+def _own_root(path: str, owner: object) -> None:
+    """Gives ``/`` the image's mode and owner: an overlay takes them from its upper directory."""
+    if isinstance(owner, dict):
+        os.chown(path, int(owner.get("uid", 0)), int(owner.get("gid", 0)))
+        os.chmod(path, int(owner.get("mode", 0o755)) & 0o7777)
 
 
 def _remove_bundle(folder: str) -> None:

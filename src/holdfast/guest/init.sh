@@ -23,10 +23,6 @@ until [ -b /dev/vda ]; do
 done
 mount -t erofs -o ro /dev/vda /root || fail "mount the root disk"
 
-while read -r module; do
-	insmod "/root$module" || fail "load $module"
-done </root/usr/lib/holdfast/modules.list
-
 mount -t sysfs -o nosuid,nodev,noexec sys /root/sys
 mount --move /dev /root/dev
 mount --move /proc /root/proc

@@ -187,12 +187,11 @@ def _overlay(layers: list[str], scratch: str, target: str, flags: int) -> None:
         upper, work = f"{scratch}/upper", f"{scratch}/work"
         os.makedirs(upper, 0o755, exist_ok=True)
         os.makedirs(work, 0o755, exist_ok=True)
-        status = os.stat(layers[0])  # the root directory's owner and mode are the image's
-        os.chown(upper, status.st_uid, status.st_gid)
-        os.chmod(upper, status.st_mode & 0o7777)
         data += f",upperdir={_escape(upper)},workdir={_escape(work)}"
     if len(data) >= 4096:
-        raise Unsupported("combine layers", subject=target, why=f"{len(layers)} layers need more than one page of options")
+        raise Unsupported(
+            "combine layers", subject=target, why=f"{len(layers)} layers need more than one page of options"
+        )
     here = os.open(".", os.O_PATH | os.O_CLOEXEC)
     try:
         os.chdir(folder)

@@ -35,7 +35,9 @@ def apply_user(process: dict[str, Any], user: str, root: str) -> None:
         if group:
             found = _find(groups, group)
             if found is None and not group.isdigit():
-                raise InvalidInput("find group", subject=group, why="not in the image's /etc/group", code="group-not-found")
+                raise InvalidInput(
+                    "find group", subject=group, why="not in the image's /etc/group", code="group-not-found"
+                )
             record["gid"] = int(found[2] if found else group)
         elif entry:
             extra = [int(g[2]) for g in groups if len(g) > 3 and entry[0] in g[3].split(",") and g[2].isdigit()]

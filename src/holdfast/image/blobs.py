@@ -1,7 +1,7 @@
 """Bytes that must hash to what they are called: regions of files, verified, and decompressed in a thread of their own.
 
-A :class:`Region` is a piece of an open file: a blob of a layout folder is a whole file, one of an archive is a piece in the
-middle.  :func:`verify` hashes one before anything parses it.  :class:`Unpacked` then decompresses it and hashes the
+A :class:`Region` is a piece of an open file: a blob of a layout folder is a whole file, one of an archive is a piece in
+the middle.  :func:`verify` hashes one before anything parses it.  :class:`Unpacked` then decompresses it and hashes the
 result while another thread writes files: zlib and sha256 let go of the interpreter lock, so the two overlap.
 """
 
@@ -16,10 +16,13 @@ import shutil
 import subprocess
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from holdfast.errors import Corrupt, HoldfastError, InvalidInput, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
 
 _CHUNK = 1 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -168,7 +171,7 @@ def _unzstd(region: Region) -> Iterator[bytes]:
 
 
 def _unzstd_by_module(region: Region) -> Iterator[bytes]:
-    import zstandard
+    import zstandard  # type: ignore[import-not-found, unused-ignore]
 
     def out() -> Iterator[bytes]:
         # One frame after another: the stream reader would stop at the end of the first.
@@ -194,7 +197,9 @@ def _unzstd_by_tool(region: Region) -> Iterator[bytes]:
         ["zstd", "-dcq"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert child.stdin and child.stdout and child.stderr
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
     stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
 
     def feed() -> None:

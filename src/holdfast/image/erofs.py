@@ -74,7 +74,9 @@ def _failure(seed: str, output: str, status: int) -> HoldfastError:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     why = "; ".join(lines[-3:]) or f"mkfs.erofs ended with {status}"
     if "No space left" in output or "ENOSPC" in output or "Disk quota" in output:
-        return Exhausted("make layer disk", subject=seed, why=why, hint="free space on the host's disk", code="disk-full")
+        return Exhausted(
+            "make layer disk", subject=seed, why=why, hint="free space on the host's disk", code="disk-full"
+        )
     return Unsupported("make layer disk", subject=seed, why=why, code="layer-not-possible")
 
 

@@ -1,9 +1,9 @@
 """Writes the entries of one layer into a directory, as an overlay's lower directory wants them.
 
-A layer is written by itself, not on top of those below.  What it deletes of theirs becomes what overlayfs understands: a
-whiteout ``.wh.x`` a character device 0:0 named ``x``, an opaque marker the xattr ``trusted.overlay.opaque``.  Both are
-applied at the end, so that their place in the archive does not matter: the image specification says that they concern
-only the layers below, and the same layer may well bring the name again.
+A layer is written by itself, not on top of those below.  What it deletes of theirs becomes what overlayfs understands:
+a whiteout ``.wh.x`` a character device 0:0 named ``x``, an opaque marker the xattr ``trusted.overlay.opaque``.  Both
+are applied at the end, so that their place in the archive does not matter: the image specification says that they
+concern only the layers below, and the same layer may well bring the name again.
 
 Directories that the archive takes for granted ("implied") and hard links to files of a layer below cannot be written
 from this layer alone.  They are made and collected here, and :mod:`holdfast.image.lower` fills them in.
@@ -16,16 +16,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from holdfast.errors import Corrupt, InvalidInput, Unsupported
 from holdfast.image.blobs import Unpacked, expect, verify
-from holdfast.image.layout import PlannedLayer
 from holdfast.image.tarstream import Entry, TarStream, entries
 from holdfast.linux.fds import OwnedFd
 from holdfast.mounts.root import Root, remove_tree, split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from holdfast.image.layout import PlannedLayer
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -107,6 +111,7 @@ class Extraction:
             with self.root.mkdir_all(head) as parent:
                 try:
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent.fileno())
+                    os.utime(name, ns=(0, 0), dir_fd=parent.fileno(), follow_symlinks=False)
                 except FileExistsError:
                     # The layer deletes it and brings it anew: a new directory shows nothing of the old one.
                     if stat.S_ISDIR(os.stat(name, dir_fd=parent.fileno(), follow_symlinks=False).st_mode):
@@ -194,7 +199,7 @@ class Extraction:
             self._parent = self.root.mkdir_all(path, 0o755, made)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise Corrupt("extract layer", subject=self.subject, why=f"{path!r}: {error.strerror}", code="bad-archive") from error
+                raise self._corrupt(f"{path!r}: {error.strerror}") from error
             raise
         for directory in made:
             self.implied.add(directory)
@@ -256,7 +261,12 @@ class Extraction:
 
     def _file(self, parent: int, name: bytes, entry: Entry, stream: TarStream) -> None:
         if entry.size > _LARGEST_FILE:
-            raise Unsupported("extract layer", subject=self.subject, why=f"{entry.path!r} has {entry.size} bytes", code="layer-not-possible")
+            raise Unsupported(
+                "extract layer",
+                subject=self.subject,
+                why=f"{entry.path!r} has {entry.size} bytes",
+                code="layer-not-possible",
+            )
         try:
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent)
         except FileExistsError:
@@ -286,7 +296,7 @@ class Extraction:
             with self.root.resolve(target_head, _DIRECTORY) as source:
                 source_fd = source.fileno()
                 if stat.S_ISDIR(os.stat(target_name, dir_fd=source_fd, follow_symlinks=False).st_mode):
-                    raise Corrupt("extract layer", subject=self.subject, why=f"hard link to a directory, {entry.target!r}", code="bad-archive")
+                    raise self._corrupt(f"{entry.path!r} is a hard link to a directory, {entry.target!r}")
                 try:
                     os.link(target_name, name, src_dir_fd=source_fd, dst_dir_fd=parent, follow_symlinks=False)
                 except FileExistsError:
@@ -334,6 +344,9 @@ class Extraction:
                     "extract layer", subject=self.subject, code="xattr-not-possible",
                     why=f"xattr {key} ({len(value)} bytes) of {entry.path!r}: {error.strerror}",
                 ) from error  # fmt: skip
+
+    def _corrupt(self, why: str) -> Corrupt:
+        return Corrupt("extract layer", subject=self.subject, why=why, code="bad-archive")
 
     def close(self) -> None:
         """Closes the directories; the tree stays."""

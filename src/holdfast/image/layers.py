@@ -18,9 +18,8 @@ import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,9 +27,14 @@ from holdfast.errors import Exhausted, HoldfastError
 from holdfast.image import erofs, lower
 from holdfast.image.blobs import digest_hex
 from holdfast.image.extract import Extraction, reading
-from holdfast.image.layout import PlannedLayer
 from holdfast.image.records import Layer
 from holdfast.mounts.root import remove_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from holdfast.image.layout import PlannedLayer
 
 _MAKING = ".making-"
 _SUFFIX = ".erofs"
@@ -215,6 +219,7 @@ def _clear(fd: int) -> None:
 def _failure(diff_id: str, error: OSError) -> HoldfastError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Exhausted(
-            "import layer", subject=diff_id, why=error, hint="free space on the host's disk, then import again", code="disk-full"
-        )
+            "import layer", subject=diff_id, why=error, code="disk-full",
+            hint="free space on the host's disk, then import again",
+        )  # fmt: skip
     return HoldfastError("import layer", subject=diff_id, why=error, code="import-failed")

@@ -7,14 +7,16 @@ parsed.  Nothing is written here.
 from __future__ import annotations
 
 import platform
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from holdfast.errors import Corrupt, InvalidInput, Unsupported
 from holdfast.image.blobs import Region, digest_hex, verify
 from holdfast.image.records import Configuration, Descriptor, Index, Manifest, SavedImage
-from holdfast.image.sources import Source
+
+if TYPE_CHECKING:
+    from holdfast.image.sources import Source
 
 _LARGEST_DOCUMENT = 16 << 20
 _DEEPEST_INDEX = 4
@@ -104,7 +106,10 @@ def _plan_layout(source: Source, region: Region, tag: str) -> Plan:
         descriptor = _pick_platform(source, nested.manifests)
     if descriptor.media_type not in _MANIFESTS:
         raise Unsupported(
-            "read image", subject=source.subject, why=f"{descriptor.media_type} is no image manifest", code="no-manifest"
+            "read image",
+            subject=source.subject,
+            why=f"{descriptor.media_type} is no image manifest",
+            code="no-manifest",
         )
     manifest = _parse(source, _blob(source, descriptor), Manifest)
     configuration = _parse(source, _blob(source, manifest.config), Configuration)

@@ -1,9 +1,9 @@
 """Fills in what a layer leaves to the layers below it.
 
-An archive may hold ``tmp/a`` and no ``tmp``: applied on top of the layers below, ``tmp`` keeps the mode it has there; as
-an overlay's layer of its own, a ``tmp`` of our invention would hide that one.  The same goes for a hard link to a file
-of a layer below, and for ``lib/a`` where ``lib`` is a link to ``usr/lib`` below.  All are rare, and all can be answered by
-reading the archives below once more, topmost first.
+An archive may hold ``tmp/a`` and no ``tmp``: applied on top of the layers below, ``tmp`` keeps the mode it has there;
+as an overlay's layer of its own, a ``tmp`` of our invention would hide that one.  The same goes for a hard link to a
+file of a layer below, and for ``lib/a`` where ``lib`` is a link to ``usr/lib`` below.  All are rare, and all can be
+answered by reading the archives below once more, topmost first.
 
 A disk made so depends on the layers below it, and is kept under a name that says so.
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from holdfast.errors import Corrupt
 from holdfast.image.extract import Extraction, reading
-from holdfast.image.layout import PlannedLayer
 from holdfast.image.tarstream import Entry, TarStream, entries
 from holdfast.mounts.root import split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.image.layout import PlannedLayer
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -68,7 +72,8 @@ class _Search:
     def __init__(self, extraction: Extraction, directories: set[bytes], files: dict[bytes, bytes]) -> None:
         self.extraction = extraction
         # Directories that are new here have nothing below.
-        hidden = {path for path in directories if _under(path, extraction.opaque) or _at_or_under(path, extraction.whiteouts)}
+        fresh, opaque = extraction.whiteouts, extraction.opaque
+        hidden = {path for path in directories if _under(path, opaque) or _at_or_under(path, fresh)}
         self.directories = directories - hidden
         self.files = dict(files)
         self.aliases: dict[bytes, bytes] = {}
@@ -99,7 +104,8 @@ class _Search:
                 self._take(entry, self.files[entry.path], stream)
         for path, entry in found.items():
             self._use(path, entry)
-        gone = {path for path in self.directories | set(self.files) if _at_or_under(path, hidden) or _under(path, opaque)}
+        sought = self.directories | set(self.files)
+        gone = {path for path in sought if _at_or_under(path, hidden) or _under(path, opaque)}
         self.directories -= set(found) | gone
         for path in written | gone:
             self.files.pop(path, None)
@@ -141,7 +147,12 @@ def _move(extraction: Extraction, path: bytes, target: bytes) -> None:
     """Moves what is in ``path`` to where the link below leads, and leaves the link to show through."""
     root = extraction.root
     if not target or _at_or_under(target, {path}) or not root.exists(path):
-        raise Corrupt("extract layer", subject=extraction.subject, why=f"{path!r} is a link to {target!r} below", code="bad-archive")
+        raise Corrupt(
+            "extract layer",
+            subject=extraction.subject,
+            why=f"{path!r} is a link to {target!r} below",
+            code="bad-archive",
+        )
     work = [(path, target)]
     emptied = []
     while work:
@@ -176,7 +187,9 @@ def _link(extraction: Extraction) -> None:
 
 
 def _under(path: bytes, directories: set[bytes]) -> bool:
-    return any(path.startswith(directory + b"/") or not directory for directory in directories) if directories else False
+    return (
+        any(path.startswith(directory + b"/") or not directory for directory in directories) if directories else False
+    )
 
 
 def _at_or_under(path: bytes, directories: set[bytes]) -> bool:

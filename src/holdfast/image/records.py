@@ -1,8 +1,8 @@
 """What is known of an image, and the OCI documents it is read from.
 
 The first part is ours, is stored, and refuses fields it does not know.  The second part mirrors the image specification
-(https://github.com/opencontainers/image-spec), which demands that unknown fields are ignored, and leaves ``null`` where a
-list may stand.
+(https://github.com/opencontainers/image-spec), which demands that unknown fields are ignored, and allows ``null`` where
+a list may stand.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Progress(msgspec.Struct, frozen=True):
     """One event of an import.
 
     Attributes:
-        kind: ``read``: so much of the layer's blob was read; ``disk``: its disk is being made; ``done``: the disk is there;
-            ``present``: it was there already.
+        kind: ``read``: so much of the layer's blob was read; ``disk``: its disk is being made; ``done``: the disk is
+            there; ``present``: it was there already.
         layer: the layer's diff ID.
         bytes_done, bytes_total: of the blob, as stored.
     """

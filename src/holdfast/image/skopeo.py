@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast.errors import HoldfastError, InvalidInput, Unsupported
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # containers-transports(5).
 _TRANSPORT = re.compile(
@@ -31,7 +34,11 @@ def fetch(reference: str, folder: Path) -> None:
         raise InvalidInput("not an image reference", subject=repr(reference), code="bad-reference")
     if not shutil.which("skopeo"):
         raise Unsupported(
-            "pull image", subject=reference, why="skopeo is not installed", hint="apt-get install skopeo", code="no-skopeo"
+            "pull image",
+            subject=reference,
+            why="skopeo is not installed",
+            hint="apt-get install skopeo",
+            code="no-skopeo",
         )
     source = reference if _TRANSPORT.match(reference) else f"docker://{reference}"
     done = subprocess.run(

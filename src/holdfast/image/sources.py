@@ -1,7 +1,8 @@
 """What a user hands in, opened: a layout folder, or an archive of one, or a ``docker save`` archive.
 
-All become a :class:`Source`: names of files, each a :class:`~holdfast.image.blobs.Region`.  An archive is read once for the
-places of its members and never unpacked; one that is compressed as a whole is first uncompressed into an unnamed file.
+All become a :class:`Source`: names of files, each a :class:`~holdfast.image.blobs.Region`.  An archive is read once for
+the places of its members and never unpacked; one that is compressed as a whole is first uncompressed into an unnamed
+file.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from holdfast.errors import Corrupt, InvalidInput, NotFound
 from holdfast.image.blobs import Region, compression, unpack
 from holdfast.image.tarstream import TarStream, entries
 from holdfast.mounts.root import Root
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _HINT = "give an OCI layout folder, an archive of one, or the output of `docker save` or `podman save`"
 _MOST_MEMBERS = 100_000
@@ -177,15 +181,22 @@ def open_source(path: str | Path, scratch: Path) -> tuple[Source, str]:
     """
     text, tag = os.fspath(path), ""
     if not os.path.exists(text):
-        head, colon, last = text.rpartition(":")
-        if not colon or not os.path.exists(head):
-            raise NotFound("find image to import", subject=text, why="no such file or folder", hint=_HINT, code="source-not-found")
-        text, tag = head, last
+        # A tag may be a whole reference, with a colon of its own.
+        for at in (at for at, letter in enumerate(text) if letter == ":"):
+            if os.path.exists(text[:at]):
+                text, tag = text[:at], text[at + 1 :]
+                break
+        else:
+            raise NotFound(
+                "find image to import", subject=text, why="no such file or folder", hint=_HINT, code="source-not-found"
+            )
     where = Path(text)
     if where.is_dir():
         return FolderSource(where), tag
     if not where.is_file():
-        raise InvalidInput("read image", subject=text, why="neither a folder nor a regular file", hint=_HINT, code="bad-layout")
+        raise InvalidInput(
+            "read image", subject=text, why="neither a folder nor a regular file", hint=_HINT, code="bad-layout"
+        )
     return ArchiveSource(where, scratch), tag
 
 

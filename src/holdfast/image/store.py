@@ -17,10 +17,9 @@ import os
 import tempfile
 import threading
 import urllib.parse
-from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -30,6 +29,10 @@ from holdfast.image.blobs import Stopped
 from holdfast.image.layers import LayerStore, Watcher, chain_ids, sync_folder
 from holdfast.image.records import Image, Layer, Progress, ProgressFunction, RootDirectory
 from holdfast.image.sources import open_source, scratch_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
 
 _SUFFIX = ".json"
 _LONGEST_NAME = 255
@@ -52,9 +55,9 @@ class ImageStore:
         self._in_use = in_use
 
     def import_path(self, path: str | Path, name: str, progress: ProgressFunction | None = None) -> Image:
-        """Imports an OCI layout folder, an archive of one, or a ``docker save`` archive; ``path:tag`` picks one of several.
+        """Imports an OCI layout folder, an archive of one, or a ``docker save`` archive.
 
-        An image that has the name already is replaced.  What failed leaves nothing.
+        ``path:tag`` picks one of several images.  One that has the name already is replaced.  A failure leaves nothing.
 
         Args:
             path: the folder or archive.
@@ -104,12 +107,18 @@ class ImageStore:
         except FileNotFoundError:
             raise NotFound(
                 "find image", subject=name, code="image-not-found",
-                hint=f"import it: holdfast image import PATH --name {name}, or holdfast image pull REFERENCE --name {name}",
+                hint=f"holdfast image import PATH --name {name}, or holdfast image pull REFERENCE --name {name}",
             ) from None  # fmt: skip
         image = self._decode(raw, name)
         for layer in image.layers:
             if not os.path.exists(layer.disk):
-                raise Corrupt("find image", subject=name, why=f"{layer.disk} is missing", hint="import it again", code="layer-missing")
+                raise Corrupt(
+                    "find image",
+                    subject=name,
+                    why=f"{layer.disk} is missing",
+                    hint="import it again",
+                    code="layer-missing",
+                )
         return image
 
     def inspect(self, name: str) -> dict[str, object]:
@@ -136,7 +145,7 @@ class ImageStore:
         try:
             os.unlink(self._images / _file_name(name))
         except FileNotFoundError:
-            raise NotFound("remove image", subject=name, why="there is none of that name", code="image-not-found") from None
+            raise NotFound("remove image", subject=name, why="there is none of it", code="image-not-found") from None
         sync_folder(self._images)
         self.collect()
 
@@ -171,14 +180,14 @@ class ImageStore:
                 if self._layers.hides_all_below(layers[index]):
                     layers = layers[index:]
                     break
-            image = Image(name, plan.digest, plan.configuration.flat(), tuple(layers), _root_of(layers))
+            image = Image(name, plan.digest, plan.configuration.flat(), layers, _root_of(layers))
             self._write(image)
             return image
         finally:
             os.close(fd)
             self.collect()
 
-    def _make_layers(self, plan: layout.Plan, progress: ProgressFunction | None) -> list[Layer]:
+    def _make_layers(self, plan: layout.Plan, progress: ProgressFunction | None) -> tuple[Layer, ...]:
         stop = threading.Event()
         turn = threading.Lock()
         chains = chain_ids([layer.diff_id for layer in plan.layers])
@@ -187,13 +196,13 @@ class ImageStore:
             planned = plan.layers[:count]
             region, diff_id = planned[-1].region, planned[-1].diff_id
 
-            def tell(kind: str) -> None:
+            def tell(kind: Literal["read", "disk", "done", "present"]) -> None:
                 if stop.is_set():
                     raise Stopped("import layer", subject=diff_id, why="the import was stopped")
                 if progress:
                     done = region.done if kind == "read" else region.size
                     with turn:
-                        progress(msgspec.convert({"kind": kind, "layer": diff_id, "bytes_done": done, "bytes_total": region.size}, Progress))
+                        progress(Progress(kind, diff_id, done, region.size))
 
             try:
                 layer, made = self._layers.ensure(planned, Watcher(lambda: tell("read"), lambda: tell("disk")))
@@ -213,7 +222,7 @@ class ImageStore:
         failures = [error for job in jobs.values() if (error := job.exception())]
         for error in sorted(failures, key=lambda error: isinstance(error, Stopped)):
             raise error
-        return [jobs[chain].result() for chain in chains]
+        return tuple(jobs[chain].result() for chain in chains)
 
     # -- records
 
@@ -238,12 +247,15 @@ class ImageStore:
         try:
             image = msgspec.json.decode(raw, type=Image)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Corrupt("read image record", subject=name, why=error, hint="import it again", code="bad-record") from error
+            raise Corrupt(
+                "read image record", subject=name, why=error, hint="import it again", code="bad-record"
+            ) from error
         folder = self._layers.folder
         return msgspec.structs.replace(
             image,
             layers=tuple(
-                msgspec.structs.replace(layer, disk=str(folder / os.path.basename(layer.disk))) for layer in image.layers
+                msgspec.structs.replace(layer, disk=str(folder / os.path.basename(layer.disk)))
+                for layer in image.layers
             ),
         )
 
@@ -284,7 +296,7 @@ def _file_name(name: str) -> str:
     return escaped + _SUFFIX
 
 
-def _root_of(layers: list[Layer]) -> RootDirectory:
+def _root_of(layers: tuple[Layer, ...]) -> RootDirectory:
     """The metadata of ``/`` in the topmost layer that says anything of them."""
     plain = RootDirectory()
     return next((root for layer in reversed(layers) if (root := erofs.read_root(layer.disk)) != plain), plain)

@@ -1,10 +1,10 @@
 """Headers of a tar stream, read with the standard library's parser and kept on a short leash.
 
-:mod:`tarfile` knows every dialect (ustar, GNU, pax, sparse), but trusts what it reads: a header may ask it to read gigabytes
-into memory, or to go backwards for ever (CVE-2025-8194).  So it never sees the file: it sees a :class:`TarStream`, which
-goes forward only and hands out a bounded number of header bytes for each entry.  The payload does not pass through
-tarfile: :meth:`TarStream.copy` writes it from the chunk it came in.  A damaged header in the middle, where tarfile
-ends the archive without a word, is an error here.
+:mod:`tarfile` knows every dialect (ustar, GNU, pax, sparse), but trusts what it reads: a header may ask it to read
+gigabytes into memory, or to go backwards for ever (CVE-2025-8194).  So it never sees the file: it sees a
+:class:`TarStream`, which goes forward only and hands out a bounded number of header bytes for each entry.  The payload
+does not pass through tarfile: :meth:`TarStream.copy` writes it from the chunk it came in.  A damaged header in the
+middle, where tarfile ends the archive without a word, is an error here.
 
 Nothing is extracted here; an :class:`Entry` is what the archive *says*.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import os
 import tarfile
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -22,6 +21,7 @@ import msgspec
 from holdfast.errors import Corrupt, InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from typing import IO
 
 # All headers of one entry: names, link targets and xattrs.  Linux allows 64 KiB to one xattr (xattr(7)).
@@ -94,13 +94,13 @@ class TarStream:
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence != 0 or offset < self._at or offset > _LARGEST_OFFSET:
-            raise self._corrupt("an entry's size is not possible")
+            raise _corrupt(self._subject, "an entry's size is not possible")
         self._skip(offset - self._at)
         return self._at
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self._budget:
-            raise self._corrupt(f"an entry's headers are larger than {_HEADER_BYTES} bytes")
+            raise _corrupt(self._subject, f"an entry's headers are larger than {_HEADER_BYTES} bytes")
         self._budget -= size
         out = bytearray()
         while len(out) < size and self._fill():
@@ -120,7 +120,7 @@ class TarStream:
         left = size
         while left:
             if not self._fill():
-                raise self._corrupt("it ends in the middle of a file")
+                raise _corrupt(self._subject, "it ends in the middle of a file")
             written = os.write(fd, self._piece[: min(left, _COPY_BYTES)])
             self._advance(written)
             left -= written
@@ -149,9 +149,6 @@ class TarStream:
                 self._piece = memoryview(chunk)
         return bool(self._piece)
 
-    def _corrupt(self, why: str) -> Corrupt:
-        return Corrupt("read tar archive", subject=self._subject, why=why, code="bad-archive")
-
 
 class _Header(tarfile.TarInfo):
     """tarfile takes a damaged header behind the first entry for the end of the archive; this does not."""
@@ -159,11 +156,11 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:
         try:
-            return cast(_Header, super().fromtarfile(tarfile))
+            return super().fromtarfile(tarfile)
         except _END:
             raise
         except _HEADER_ERROR as error:
-            raise Corrupt("read tar archive", why=f"damaged header: {error}", code="bad-archive") from None
+            raise _corrupt("", f"damaged header: {error}") from None
 
 
 _HEADER_ERROR = tarfile.HeaderError
@@ -187,13 +184,13 @@ def entries(stream: TarStream, subject: str) -> Iterator[Entry]:
         )
         while (info := archive.next()) is not None:
             # tarfile would remember every entry for ever.
-            archive.members.clear()
+            archive.members.clear()  # type: ignore[attr-defined]
             yield _entry(info, subject)
             stream.next_entry()
     except (tarfile.TarError, ValueError, IndexError, OverflowError, UnicodeError) as error:
         if isinstance(error, tarfile.ReadError) and str(error) == "empty file":
             return
-        raise Corrupt("read tar archive", subject=subject, why=error, code="bad-archive") from error
+        raise _corrupt(subject, error) from error
 
 
 def clean(path: bytes, subject: str = "") -> bytes:
@@ -208,18 +205,24 @@ def clean(path: bytes, subject: str = "") -> bytes:
     for part in path.split(b"/"):
         if part == b"..":
             if not parts:
-                raise InvalidInput("archive names a path outside of it", subject=subject, why=path, code="archive-escapes")
+                raise InvalidInput(
+                    "archive names a path outside of it", subject=subject, why=path, code="archive-escapes"
+                )
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
     return b"/".join(parts)
 
 
+def _corrupt(subject: str, why: object) -> Corrupt:
+    return Corrupt("read tar archive", subject=subject, why=why, code="bad-archive")
+
+
 def _entry(info: tarfile.TarInfo, subject: str) -> Entry:
     name = info.name.encode("utf-8", "surrogateescape")
     kind = _KINDS.get(info.type)
     if kind is None:
-        raise Corrupt("read tar archive", subject=subject, why=f"{name!r} has unknown type {info.type!r}", code="bad-archive")
+        raise _corrupt(subject, f"{name!r} has unknown type {info.type!r}")
     entry = Entry(
         path=clean(name, subject),
         kind=kind,
@@ -234,7 +237,7 @@ def _entry(info: tarfile.TarInfo, subject: str) -> Entry:
     elif kind in ("hardlink", "symlink"):
         target = info.linkname.encode("utf-8", "surrogateescape")
         if not target or b"\0" in target:
-            raise Corrupt("read tar archive", subject=subject, why=f"{name!r} has a bad target", code="bad-archive")
+            raise _corrupt(subject, f"{name!r} has a bad target")
         entry.target = clean(target, subject) if kind == "hardlink" else target
     elif kind in ("char", "block"):
         # The kernel's dev_t: 12 bits of major, 20 of minor (kdev_t.h).
@@ -247,13 +250,14 @@ def _entry(info: tarfile.TarInfo, subject: str) -> Entry:
 
 def _payload(info: tarfile.TarInfo, entry: Entry, subject: str) -> None:
     entry.size = entry.stored = _within("size", info.size, _LARGEST_OFFSET, entry.path, subject)
-    if info.sparse is None:  # type: ignore[attr-defined]
+    # The stubs have it as bytes.
+    pieces = cast("list[tuple[int, int]] | None", info.sparse)
+    if pieces is None:
         return
-    pieces: list[tuple[int, int]] = info.sparse  # type: ignore[attr-defined]
     end = stored = 0
     for offset, length in pieces:
         if length < 0 or offset < end or offset + length > entry.size:
-            raise Corrupt("read tar archive", subject=subject, why=f"{entry.path!r}: bad sparse map", code="bad-archive")
+            raise _corrupt(subject, f"{entry.path!r}: bad sparse map")
         end = offset + length
         stored += length
     entry.stored, entry.sparse = stored, pieces
@@ -261,7 +265,7 @@ def _payload(info: tarfile.TarInfo, entry: Entry, subject: str) -> None:
 
 def _within(what: str, value: int, most: int, name: bytes, subject: str) -> int:
     if not 0 <= value <= most:
-        raise Corrupt("read tar archive", subject=subject, why=f"{name!r}: {what} {value} is out of range", code="bad-archive")
+        raise _corrupt(subject, f"{name!r}: {what} {value} is out of range")
     return value
 
 
@@ -275,15 +279,15 @@ def _mtime_ns(info: tarfile.TarInfo, name: bytes, subject: str) -> int:
             seconds, part = int(whole), int(digits)
             value = seconds * 10**9 + (-part if whole.startswith("-") else part)
         else:
-            raise Corrupt("read tar archive", subject=subject, why=f"{name!r}: bad time {text!r}", code="bad-archive")
+            raise _corrupt(subject, f"{name!r}: bad time {text!r}")
     else:
         value = int(info.mtime) * 10**9
     if not -(1 << 63) <= value < 1 << 63:
-        raise Corrupt("read tar archive", subject=subject, why=f"{name!r}: time is out of range", code="bad-archive")
+        raise _corrupt(subject, f"{name!r}: time is out of range")
     return value
 
 
-def _xattrs(headers: dict[str, str]) -> dict[str, bytes]:
+def _xattrs(headers: Mapping[str, str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for key, value in headers.items():
         for prefix in _XATTR_PREFIXES:

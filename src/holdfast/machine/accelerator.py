@@ -47,9 +47,7 @@ def qemu_version() -> str:
     try:
         done = subprocess.run([QEMU, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except FileNotFoundError:
-        raise NotFound(
-            "find QEMU", subject=QEMU, code="qemu-not-found", hint="apt install qemu-system-x86"
-        ) from None
+        raise NotFound("find QEMU", subject=QEMU, code="qemu-not-found", hint="apt install qemu-system-x86") from None
     except subprocess.SubprocessError as error:
         raise HoldfastError("ask QEMU for its version", subject=QEMU, why=error) from None
     return done.stdout.splitlines()[0] if done.stdout else "unknown"
@@ -60,9 +58,7 @@ def cached_qemu_version(data: Path) -> str:
     try:
         status = os.stat(QEMU)
     except FileNotFoundError:
-        raise NotFound(
-            "find QEMU", subject=QEMU, code="qemu-not-found", hint="apt install qemu-system-x86"
-        ) from None
+        raise NotFound("find QEMU", subject=QEMU, code="qemu-not-found", hint="apt install qemu-system-x86") from None
     identity = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
     record = data / "qemu-version"
     try:

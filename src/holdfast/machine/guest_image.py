@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 #: Changes when the same inputs are to give something else.
 VERSION = "1"
 PACKAGE = Path(holdfast.__file__).parent
+#: The code that decides what a guest is: as much an input as any other file.
+_BUILDER = ("closure", "cpio", "guest_image", "guest_root", "kernel", "vmlinux")
 _MKFS_OPTIONS = ("-T0", "-U00000000-0000-0000-0000-000000000000", "-x-1", "--all-root")
 _MKFS_TIMEOUT_S = 120
 _OLDEST_PYTHON = 11
@@ -184,6 +186,8 @@ def _build(guests: Path, kernel: Path | None, agent: Path, host: Host, report: P
     image = Tree()
     image.file("/kernel", vmlinux.unpack(image.read(chosen.path)))
     image.file("/initrd", initrd)
+    for name in _BUILDER:
+        image.read(Path(__file__).with_name(f"{name}.py"))
     id = hashlib.sha256(f"{VERSION} {root.digest()} {image.digest()} {_MKFS_OPTIONS}".encode()).hexdigest()[:32]
     target = guests / id
     guest = GuestImage(

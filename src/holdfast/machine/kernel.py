@@ -21,6 +21,7 @@ from holdfast.errors import Corrupt, NotFound, Unsupported
 
 BOOT = Path("/boot")
 MODULES = Path("/lib/modules")
+_SIGNED = b"~Module signature appended~\n"
 _INSTALL = "apt install linux-image-amd64, or the full kernel package of this distribution"
 
 
@@ -139,7 +140,7 @@ class ModuleTree:
                 hint="use a kernel whose modules are plain, .xz or .gz files",
                 code="kernel-module-format",
             )
-        return data
+        return _unsigned(data)
 
     def _wanted_first(self, name: str) -> list[str]:
         soft = [_ALGORITHMS.get(word.removeprefix("crypto-"), module_name(word)) for word in self._soft.get(name, ())]
@@ -231,6 +232,19 @@ def _lacking(path: Path, release: str, missing: list[Need]) -> Unsupported:
         hint=("cloud flavours leave 9p out: " if without_9p else "") + _INSTALL,
         code="kernel-lacks-9p" if without_9p else "kernel-lacks-module",
     )
+
+
+def _unsigned(module: bytes) -> bytes:
+    """``module`` without the signature that follows it, if one does.
+
+    The kernel checks a signature that is there, which costs an emulated CPU up to 30 ms a module, and
+    loads one without.  Whoever could exchange a module on the root disk could exchange the kernel.
+    """
+    if not module.endswith(_SIGNED):
+        return module
+    info = len(module) - len(_SIGNED) - 12  # struct module_signature; its last word is the length
+    size = int.from_bytes(module[info + 8 : info + 12], "big")
+    return module[: info - size] if 0 < size < info else module
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -170,7 +170,9 @@ async def _build(folder: Path, config: MachineConfig) -> None:
         _make_ram(ram, config.memory_bytes)
         (new / "export").mkdir()
         console = str(new / "console.log")
-        machine = await vm.start(config, ram_path=str(ram), ram_shared=True, export=str(new / "export"), console_log=console)
+        machine = await vm.start(
+            config, ram_path=str(ram), ram_shared=True, export=str(new / "export"), console_log=console
+        )
         try:
             state_fd = os.open(new / "state", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
             try:

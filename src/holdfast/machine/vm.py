@@ -43,7 +43,7 @@ class VirtualMachine:
         self._agent: Connection
         self._console: Console
         self._watcher: asyncio.Task[None] | None = None
-        self._closing = False
+        self.closing = False
 
     @property
     def pid(self) -> int:
@@ -116,7 +116,7 @@ class VirtualMachine:
 
     async def close(self) -> None:
         """Kills QEMU and frees everything; a second call does nothing."""
-        self._closing = True
+        self.closing = True
         if self._watcher is not None:
             self._watcher.cancel()
         await self._child.kill()
@@ -227,4 +227,3 @@ def _names(slot: Slot) -> tuple[str, str, int]:
     """Block node, device id and descriptor set of a slot."""
     name = f"{slot.controller}-{slot.lun}"
     return f"d{name}", f"disk{name}", 1000 + slot.controller * 64 + slot.lun
-

@@ -39,24 +39,22 @@ NAMESPACES = ("pid", "ipc", "uts", "mount", "cgroup", "network")
 class ImageConfig(Protocol):
     """The ``config`` of an image (image-spec, config.md), as far as a spec depends on it.
 
-    ``Volumes`` is part of it and changes nothing here: the paths are writable in the container's scratch, and
-    that is as long-lived as an anonymous volume of a container that is removed when it ends.
+    An image's volumes change nothing here: their paths are writable in the container's scratch, which lives as
+    long as the anonymous volumes of a container that is removed when it ends.
     """
 
     @property
-    def Entrypoint(self) -> Sequence[str] | None: ...
+    def entrypoint(self) -> Sequence[str]: ...
     @property
-    def Cmd(self) -> Sequence[str] | None: ...
+    def cmd(self) -> Sequence[str]: ...
     @property
-    def Env(self) -> Sequence[str] | None: ...
+    def env(self) -> Sequence[str]: ...
     @property
-    def User(self) -> str | None: ...
+    def user(self) -> str: ...
     @property
-    def WorkingDir(self) -> str | None: ...
+    def working_dir(self) -> str: ...
     @property
-    def Volumes(self) -> Mapping[str, object] | None: ...
-    @property
-    def StopSignal(self) -> str | None: ...
+    def stop_signal(self) -> str: ...
 
 
 class ContainerSpec(msgspec.Struct, frozen=True):
@@ -103,21 +101,21 @@ def spec_for_image(
     Raises:
         InvalidInput: ``no-command``, ``cwd-not-absolute``, ``user``.
     """
-    variables = {"PATH": PATH} | _variables(image_config.Env or ())
+    variables = {"PATH": PATH} | _variables(image_config.env)
     raw = _skeleton()
     raw["process"]["args"] = _command(image_config, args, entrypoint)
     raw["process"]["env"] = [f"{name}={value}" for name, value in variables.items()]
     # A relative WorkingDir is one that docker's own builder once wrote.
-    raw["process"]["cwd"] = clean_path(image_config.WorkingDir or "/")
+    raw["process"]["cwd"] = clean_path(image_config.working_dir or "/")
     if read_only:
         raw["mounts"] += [_memory(path) for path in ("/run", "/tmp", "/var/tmp")]
-    if image_config.StopSignal:  # image-spec, conversion.md
-        raw["annotations"]["org.opencontainers.image.stopSignal"] = image_config.StopSignal
+    if image_config.stop_signal:  # image-spec, conversion.md
+        raw["annotations"]["org.opencontainers.image.stopSignal"] = image_config.stop_signal
     return customise(
         raw,
         env=env,
         cwd=cwd,
-        user=user or image_config.User or "0:0",
+        user=user or image_config.user or "0:0",
         hostname=hostname,
         terminal=terminal,
         annotations=annotations,
@@ -173,10 +171,7 @@ def customise(
 
 
 def _command(image: ImageConfig, args: Sequence[str], entrypoint: Sequence[str] | None) -> list[str]:
-    if entrypoint is not None:
-        command = [*entrypoint, *args]
-    else:
-        command = [*(image.Entrypoint or ()), *(args or image.Cmd or ())]
+    command = [*image.entrypoint, *(args or image.cmd)] if entrypoint is None else [*entrypoint, *args]
     if not command:
         why = "the image has neither Entrypoint nor Cmd" if entrypoint is None else "the entrypoint is empty"
         raise InvalidInput(
@@ -206,7 +201,7 @@ def _user(text: str) -> tuple[int, int, str | None]:
     uid, gid = numbers
     # A user without a group gets the one in /etc/passwd, a number as well as a name.  Root's is known.
     known = uid is not None and gid is not None and (bool(group) or uid == 0)
-    return uid or 0, gid or 0, None if known else text
+    return uid or 0, gid or 0, None if known else text if name else f"0{text}"
 
 
 def _bad_user(text: str, why: str) -> InvalidInput:

@@ -43,12 +43,18 @@ class SCSIDevice(Struct, frozen=True, rename="pascal", omit_defaults=True):
 
 
 class LCOWMappedDirectory(Struct, frozen=True, rename="pascal", omit_defaults=True):
-    """A share of the host, mounted at a path."""
+    """A share of the host, mounted at a path.
+
+    Not in the protocol of others: ``no_suid``, and ``last``, with which the removed share takes along what
+    all shares of the pod have in common.
+    """
 
     mount_path: str = ""
     port: Unsigned = 0
     share_name: str = ""
     read_only: bool = False
+    no_suid: bool = False
+    last: bool = False
 
 
 class Layer(Struct, frozen=True, rename="pascal", omit_defaults=True):
@@ -151,9 +157,9 @@ def decode_modify(message: object) -> ModifySettingRequest:
 
 
 def _request_type(fields: dict[str, Any]) -> RequestType:
-    text = fields.get("RequestType") or "Add"  # an absent one is an addition
+    text = fields.get("RequestType", "")
     try:
-        known: RequestType = msgspec.convert(text, RequestType)
+        known: RequestType = msgspec.convert("Add" if text == "" else text, RequestType)
     except msgspec.ValidationError:
         why = f"RequestType: {text!r} is none of {', '.join(get_args(RequestType))}"
         raise _bad(fields.get("ResourceType", ""), why) from None

@@ -130,18 +130,10 @@ def add_mounts(raw: JsonObject, mounts: Iterable[JsonObject]) -> None:
 
 
 def _pairs(text: str, subject: str) -> dict[str, str]:
-    import csv
-
     if set(text) & {"\n", "\r", "\0"}:
         raise _wrong(subject, "holds a line break or a NUL")
-    try:
-        (fields,) = csv.reader([text], strict=True)
-    except csv.Error:
-        fields = ['"']
     keys: dict[str, str] = {}
-    for pair in fields:
-        if pair.count('"') % 2:
-            raise _wrong(subject, "quotes do not match", "quote whole pairs: 'type=bind,\"src=/a,b\",dst=/c'")
+    for pair in _fields(text, subject):
         name, equals, value = pair.partition("=")
         key = name.strip().lower()
         key = _ALIASES.get(key, key)
@@ -153,6 +145,25 @@ def _pairs(text: str, subject: str) -> dict[str, str]:
             raise _wrong(subject, f"{key!r} needs a value")
         keys[key] = value
     return keys
+
+
+def _fields(text: str, subject: str) -> list[str]:
+    """The fields of a line of CSV (RFC 4180): quotes go around a whole field, and a quote in it is doubled."""
+    fields: list[str] = []
+    rest: str | None = text or None
+    while rest is not None:
+        # An odd number of quotes up to a comma: the comma is inside of them.
+        end = rest.find(",")
+        while end >= 0 and rest.startswith('"') and rest.count('"', 0, end) % 2:
+            end = rest.find(",", end + 1)
+        field, rest = (rest, None) if end < 0 else (rest[:end], rest[end + 1 :])
+        if '"' in field:
+            inner = field[1:-1].replace('""', "")
+            if len(field) < 2 or field[0] != '"' or field[-1] != '"' or '"' in inner:
+                raise _wrong(subject, "quotes do not match", "quote whole pairs: 'type=bind,\"src=/a,b\",dst=/c'")
+            field = field[1:-1].replace('""', '"')
+        fields.append(field)
+    return fields
 
 
 def _destination(path: str, subject: str) -> str:
@@ -175,7 +186,7 @@ def _source(kind: str, source: str, cwd: str, subject: str) -> str:
             raise _wrong(subject, f"{source!r} is not a volume's name", "for a folder of this host say type=bind")
         return source
     if not source:
-        raise _wrong(subject, "no source", "say what to mount: src=PATH" if kind != "image" else "src=IMAGE")
+        raise _wrong(subject, "no source", f"say what to mount: src={'IMAGE' if kind == 'image' else 'PATH'}")
     return source if kind == "image" else posixpath.normpath(os.path.join(cwd, source))
 
 

@@ -15,7 +15,19 @@ import json
 
 from holdfast.errors import ProtocolError
 from holdfast.wire.frames import (
-    CANCEL, CREDIT, DATA, EOF, EVENT, MAX_DATA, MAX_PAYLOAD, REQUEST, RESPONSE, SYNC, SYNCED, Decoder, Frame,
+    CANCEL,
+    CREDIT,
+    DATA,
+    EOF,
+    EVENT,
+    MAX_DATA,
+    MAX_PAYLOAD,
+    REQUEST,
+    RESPONSE,
+    SYNC,
+    SYNCED,
+    Decoder,
+    Frame,
 )  # fmt: skip
 
 TYPE_CHECKING = False

@@ -1,0 +1,395 @@
+"""The Python package: run containers in pods, attach storage to them, see what they hold.
+
+::
+
+    import holdfast
+
+    result = holdfast.run("busybox", ["echo", "hello"], mounts=["type=bind,src=/srv,dst=/srv,ro"])
+    print(result.stdout, result.status)
+
+    with holdfast.Pod() as pod:
+        pod.run("busybox", ["sh", "-c", "echo x > /tmp/y"])
+        path = pod.attach("type=disk,src=/tmp/data.img")
+        pod.detach(path)
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from holdfast.errors import HoldfastError, ProtocolError, from_dict
+from holdfast.machine.config import DEFAULT_MEMORY_BYTES
+from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
+from holdfast.pod.launch import launch
+from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest, Stdio
+from holdfast.spec.bundle import Bundle
+from holdfast.spec.default import ContainerSpec, customise, spec_for_image
+from holdfast.spec.mounts import add_mounts, parse_mount
+from holdfast.spec.sizes import parse_size
+from holdfast.storage import scratch
+from holdfast.storage.journal import Journal
+from holdfast.storage.plan import DirectoryRoot, LayeredRoot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+START_SECONDS = 300.0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a process left: its exit status (128 + number for a signal) and its output."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        """Standard output as text."""
+        return self.stdout.decode("utf-8", "replace")
+
+
+def state_root(root: str | Path | None = None) -> Path:
+    """``root``, else ``$HOLDFAST_ROOT``, else ``/run/holdfast``."""
+    return Path(root or os.environ.get("HOLDFAST_ROOT") or "/run/holdfast").absolute()
+
+
+def data_folder(data: str | Path | None = None) -> Path:
+    """``data``, else ``$HOLDFAST_DATA``, else ``/var/lib/holdfast``."""
+    return Path(data or os.environ.get("HOLDFAST_DATA") or "/var/lib/holdfast").absolute()
+
+
+def container_request(
+    name: str,
+    data: Path,
+    *,
+    image: str = "",
+    bundle: str | Path | None = None,
+    args: Sequence[str] = (),
+    entrypoint: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    user: str | None = None,
+    hostname: str = "",
+    terminal: bool | None = None,
+    annotations: Mapping[str, str] | None = None,
+    mounts: Iterable[str | dict[str, Any]] = (),
+    read_only: bool = False,
+    scratch_bytes: int = scratch.DEFAULT_BYTES,
+    stdio: Stdio | None = None,
+) -> ContainerRequest:
+    """What a monitor is asked to run, from an image or a bundle; nothing is started.
+
+    Raises:
+        NotFound, InvalidInput: the image, the bundle or a mount is not there or not right.
+    """
+    root: LayeredRoot | DirectoryRoot
+    if bundle is not None:
+        loaded = Bundle.load(bundle)
+        made = customise(
+            loaded.raw, args=args or None, env=env, cwd=cwd, user=user, hostname=hostname, terminal=terminal,
+            annotations=annotations, read_only=read_only or None,
+        )  # fmt: skip
+        root = _bundle_root(loaded, made, scratch_bytes)
+    else:
+        from holdfast.image.store import ImageStore
+
+        found = ImageStore(data).get(image)
+        made = spec_for_image(
+            found.config, args=args, entrypoint=entrypoint, env=env, cwd=cwd, user=user, hostname=hostname or name,
+            terminal=bool(terminal), annotations=annotations, read_only=read_only,
+        )  # fmt: skip
+        top_first = tuple((layer.disk, layer.diff_id) for layer in reversed(found.layers))
+        root = LayeredRoot(top_first, scratch_bytes, found.root.mode, found.root.uid, found.root.gid)
+    add_mounts(made.raw, [parse_mount(m, cwd=os.getcwd()) if isinstance(m, str) else m for m in mounts])
+    if bundle is not None:
+        _absolute_sources(made.raw, Path(bundle).absolute())
+    return ContainerRequest(name, made.raw, root, made.user or "", image or str(bundle), stdio or Stdio())
+
+
+def _bundle_root(bundle: Bundle, made: ContainerSpec, scratch_bytes: int) -> LayeredRoot | DirectoryRoot:
+    folders = bundle.spec.windows.layer_folders
+    if folders:
+        # Top-most first, the scratch folder last: hcsshim's order.  The disks in them have fixed names.
+        return LayeredRoot(tuple((f"{bundle.host_path(f)}/layer.erofs", "") for f in folders[:-1]), scratch_bytes)
+    assert bundle.root_path is not None
+    return DirectoryRoot(bundle.root_path, bool(made.raw.get("root", {}).get("readonly")))
+
+
+def _absolute_sources(raw: dict[str, Any], folder: Path) -> None:
+    """A bind's relative source is relative to the bundle (runtime-spec config.md, Mounts)."""
+    for mount in raw.get("mounts", ()):
+        source = mount.get("source", "")
+        binds = mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or ())
+        if source and binds and not source.startswith("/"):
+            mount["source"] = os.path.normpath(folder / source)
+
+
+class Pod:
+    """A pod: a sandbox and the containers in it.  Ends with its ``with``, or by :meth:`remove`.
+
+    Args:
+        name: of the pod; made up if not given.
+        memory: guest RAM, as bytes or text such as ``"256M"``.
+        cpus: virtual processors.
+        template: ``"none"`` boots a machine of its own instead of starting from the saved one.
+        root, data: the state root and the data folder.
+        say: called with each line about slow work, such as the first boot.
+        detached: the pod outlives this object and this process.
+
+    Raises:
+        HoldfastError: the pod could not be started; nothing of it is left.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        memory: int | str = DEFAULT_MEMORY_BYTES,
+        cpus: int = 1,
+        isolation: str = "vm",
+        template: str | None = None,
+        root: str | Path | None = None,
+        data: str | Path | None = None,
+        say: Callable[[str], None] | None = None,
+        detached: bool = False,
+    ) -> None:
+        self.name = name or f"pod-{secrets.token_hex(4)}"
+        self.root = state_root(root)
+        self.data = data_folder(data)
+        memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
+        request = PodRequest(
+            self.name, str(self.root), str(self.data), isolation, memory_bytes, cpus, not detached, template == "none"
+        )
+        self._detached = detached
+        self._client = launch(request)
+        self._client.on_say = say or (lambda _text: None)
+        try:
+            self._client.request("start", {}, START_SECONDS)
+        except BaseException as error:
+            self._abandon()
+            raise self._better(error) from None
+
+    @classmethod
+    def open(cls, name: str, *, root: str | Path | None = None, data: str | Path | None = None) -> Pod:
+        """A pod that runs already.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        pod = cls.__new__(cls)
+        pod.name, pod.root, pod.data, pod._detached = name, state_root(root), data_folder(data), True
+        pod._client = Client.connect(pod.root, name)
+        return pod
+
+    def __enter__(self) -> Pod:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- processes ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        image: str = "",
+        args: Sequence[str] = (),
+        *,
+        name: str | None = None,
+        bundle: str | Path | None = None,
+        mounts: Iterable[str | dict[str, Any]] = (),
+        stdin: bytes | None = None,
+        detach: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Runs a container to its end (or starts it, with ``detach``) and returns what it left.
+
+        Args:
+            image: name of an imported image; or give ``bundle``.
+            args: the command; empty for the image's own.
+            mounts: as ``--mount`` takes them, or runtime-spec objects.
+            stdin: bytes for its standard input.
+            options: ``env``, ``cwd``, ``user``, ``hostname``, ``entrypoint``, ``annotations``, ``read_only``,
+                ``scratch_bytes``, as the command line has them.
+
+        Raises:
+            HoldfastError: it could not be run; the container's own failure is its status.
+        """
+        stdio = Stdio(detach=True) if detach else _stdio(stdin)
+        request = container_request(
+            name or f"c-{secrets.token_hex(4)}", self.data, image=image, bundle=bundle, args=args, mounts=mounts,
+            stdio=stdio, **options,
+        )  # fmt: skip
+        return self._complete("run", request, stdin, detach)
+
+    def exec(
+        self, container: str, args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None,
+        cwd: str = "", user: str = "",
+    ) -> Result:  # fmt: skip
+        """Runs a process in a running container and returns what it left.
+
+        Raises:
+            NotFound: the container does not run.
+        """
+        variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
+        request = ExecRequest(container, tuple(args), variables, cwd, user, False, _stdio(stdin))
+        return self._complete("exec", request, stdin, False)
+
+    def _complete(self, method: str, request: msgspec.Struct, stdin: bytes | None, detach: bool) -> Result:
+        with Client.connect(self.root, self.name) as client:
+            if detach:
+                client.request(method, msgspec.to_builtins(request))
+                return Result(0, b"", b"")
+            output: dict[int, bytearray] = {STDOUT: bytearray(), STDERR: bytearray()}
+            client.open(STDOUT, STDERR, *([STDIN] if stdin is not None else []))
+            try:
+                answer = client.request(method, msgspec.to_builtins(request))
+                with _Feeder(stdin) as stdin_fd:
+                    status = client.attend(answer["key"], stdin_fd, lambda channel, data: output[channel].extend(data))
+            except BaseException as error:
+                raise self._better(error) from None
+        return Result(status, bytes(output[STDOUT]), bytes(output[STDERR]))
+
+    def wait(self, container: str) -> int:
+        """Waits for a container's end; returns its exit status."""
+        return int(self._client.request("wait", {"container": container}, 86400)["code"])
+
+    def kill(self, container: str, signal: int = 15) -> None:
+        """Sends a signal to a container's first process."""
+        self._client.request("kill", {"key": container, "signal": int(signal)})
+
+    # -- storage ------------------------------------------------------------------------------
+
+    def attach(self, mount: str | dict[str, Any]) -> str:
+        """Attaches a disk or shares a directory, and returns the path that the guest has it at.
+
+        Args:
+            mount: as ``--mount`` takes it; the destination may be left out.
+
+        Raises:
+            HoldfastError: it could not be attached; nothing of it is left.
+        """
+        raw = parse_mount(mount, cwd=os.getcwd(), destination_needed=False) if isinstance(mount, str) else mount
+        return str(self._client.request("attach", {"mount": raw})["guest_path"])
+
+    def detach(self, guest_path: str) -> None:
+        """Lets go of what :meth:`attach` attached; can be tried again when it fails.
+
+        Raises:
+            NotReleased: the guest keeps it busy.
+        """
+        self._client.request("detach", {"guest_path": guest_path})
+
+    def storage(self) -> dict[str, Any]:
+        """Everything the pod holds: ``attachments`` by slot and ``shares`` by number."""
+        found: dict[str, Any] = self._client.request("storage", {})
+        return found
+
+    def plan(self, request: ContainerRequest) -> dict[str, Any]:
+        """The steps that a container would take in this pod as it is now; nothing is done."""
+        found: dict[str, Any] = self._client.request("plan", msgspec.to_builtins(request))
+        return found
+
+    def inspect(self) -> PodInfo:
+        """What the pod is and what runs in it."""
+        return msgspec.convert(self._client.request("inspect", {}), PodInfo)
+
+    # -- end ----------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Ends the pod and everything in it; returns when nothing of it is left.
+
+        Raises:
+            NotReleased: something could not be let go of.
+        """
+        if self._client.closed:
+            return
+        try:
+            self._client.request("remove", {}, 60)
+            self._client.wait_closed(60)
+        except ProtocolError:
+            pass
+        ended = self._client.last_event("ended")
+        self._abandon()
+        for error in (ended or {}).get("errors", ()):
+            raise from_dict(error)
+
+    def close(self) -> None:
+        """Ends the pod, unless it is detached: then only this connection."""
+        if self._detached:
+            self._client.close()
+        else:
+            self.remove()
+
+    def _abandon(self) -> None:
+        """Closes the connection and lets go of what a monitor that died has left."""
+        if not self._client.closed and not self._detached:
+            # An ephemeral pod's monitor ends when this connection does; its last act is to close its side.
+            self._client.shut_down()
+            self._client.wait_closed(30)
+        self._client.close()
+        with Journal(self.root) as journal:
+            if (self.root / "pods" / self.name).is_dir():
+                journal.collect(self.name)
+
+    def _better(self, error: BaseException) -> BaseException:
+        if isinstance(error, ProtocolError) and error.code == "monitor-died":
+            return HoldfastError(
+                "run pod", subject=self.name, why="its monitor has died", code="monitor-died",
+                hint="what it held has been let go of; the machine ended with it",
+            )  # fmt: skip
+        return error
+
+
+def _stdio(stdin: bytes | None) -> Stdio:
+    return Stdio(STDIN if stdin is not None else 0, STDOUT, STDERR)
+
+
+class _Feeder:
+    """Bytes as a readable descriptor: an unnamed file, so that no writer can block."""
+
+    def __init__(self, data: bytes | None) -> None:
+        self._data = data
+        self._fd = -1
+
+    def __enter__(self) -> int:
+        if self._data is not None:
+            self._fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
+            view = memoryview(self._data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.lseek(self._fd, 0, os.SEEK_SET)
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def run(
+    image: str = "",
+    args: Sequence[str] = (),
+    *,
+    memory: int | str = DEFAULT_MEMORY_BYTES,
+    cpus: int = 1,
+    isolation: str = "vm",
+    root: str | Path | None = None,
+    data: str | Path | None = None,
+    **options: Any,
+) -> Result:
+    """Runs a container in a pod of its own and returns its exit status and output; nothing of it is left.
+
+    Args:
+        image, args: what to run; ``options`` are those of :meth:`Pod.run`.
+        memory, cpus, isolation: of the pod.
+
+    Raises:
+        HoldfastError: it could not be run; the container's own failure is its status.
+    """
+    with Pod(memory=memory, cpus=cpus, isolation=isolation, root=root, data=data) as pod:
+        return pod.run(image, args, name=options.pop("name", pod.name), **options)

@@ -1,0 +1,297 @@
+"""The containers of one pod: planned, given their storage, started, connected, and let go of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from holdfast.errors import HoldfastError, InUse, NotFound
+from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
+from holdfast.spec.checks import check
+from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
+from holdfast.storage.plan import DirectoryRoot, LayeredRoot, plan_container
+from holdfast.storage.survey import look, survey
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from holdfast.machine.vm import VirtualMachine
+    from holdfast.storage.engine import Engine
+    from holdfast.storage.steps import Plan
+    from holdfast.wire.aio import Connection, Stream
+
+START_SECONDS = 60.0
+_LOG_BYTES = 1 << 20
+
+
+class Process:
+    """A process in the guest, and what connects it to its client."""
+
+    def __init__(self, key: str, client: Connection | None, detach: bool) -> None:
+        self.key = key
+        self.client = client
+        self.detach = detach
+        self.code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.pumps: list[asyncio.Task[None]] = []
+        self.streams: list[Stream] = []
+
+
+class Containers:
+    """All containers of a pod."""
+
+    def __init__(self, pod: str, folder: Path, machine: VirtualMachine, engine: Engine) -> None:
+        self._pod = pod
+        self._folder = folder
+        self._machine = machine
+        self._engine = engine
+        self._infos: dict[str, ContainerInfo] = {}
+        self._specs: dict[str, dict[str, Any]] = {}
+        self._processes: dict[str, Process] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._execs = 0
+        machine.on_event = self._on_event
+
+    # -- running ------------------------------------------------------------------------------
+
+    def plan(self, request: ContainerRequest) -> Plan:
+        """The plan for a container in this pod as it is now; nothing is touched."""
+        return make_plan(request, self._engine)
+
+    async def run(self, client: Connection, request: ContainerRequest) -> dict[str, Any]:
+        """Runs a container; returns when its process has been started.
+
+        Raises:
+            HoldfastError: what is wrong; nothing of the container is left.
+        """
+        name = request.name
+        if name in self._infos and self._infos[name].state in ("starting", "running"):
+            raise InUse("run container", subject=name, why="the pod has one of this name", code="container-exists")
+        if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now
+            await self._engine.release(name)
+        plan = self.plan(request)
+        args = tuple(request.spec["process"]["args"])
+        self._infos[name] = ContainerInfo(name, self._pod, "starting", request.image, args, time.time_ns())
+        try:
+            held = await self._engine.prepare(name, plan.steps)
+            try:
+                spec = plan.rewritten(held.paths)
+                self._engine.also_release(name, "container", lambda: self._delete(name))
+                pid = await self._start(client, request, spec)
+            except BaseException:
+                await asyncio.shield(self._engine.release(name))
+                raise
+        except BaseException:
+            del self._infos[name]
+            raise
+        self._specs[name] = spec
+        self._infos[name] = msgspec.structs.replace(self._infos[name], state="running", pid=pid)
+        self._background(self._finish(name))
+        return {"pid": pid, "key": name}
+
+    async def _start(self, client: Connection, request: ContainerRequest, spec: dict[str, Any]) -> int:
+        params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
+        if isinstance(request.root, LayeredRoot) and request.root.scratch_bytes:
+            params["root"] = {"mode": request.root.mode, "uid": request.root.uid, "gid": request.root.gid}
+        terminal = bool(spec["process"].get("terminal"))
+        return await self._launch(client, "start", request.name, request.stdio, terminal, params)
+
+    async def exec(self, client: Connection, request: ExecRequest) -> dict[str, Any]:
+        """Runs a process in a running container; returns when it has been started.
+
+        Raises:
+            NotFound: the container is not there or does not run.
+        """
+        info = self._infos.get(request.container)
+        if info is None or info.state != "running":
+            why = f"it is {info.state}" if info else "the pod has none of this name"
+            raise NotFound("run in container", subject=request.container, why=why, code="container-not-running")
+        base = self._specs[request.container]["process"]
+        process = {**base, "args": list(request.args), "terminal": request.terminal}
+        if request.env:
+            names = {entry.partition("=")[0] for entry in request.env}
+            process["env"] = [e for e in base.get("env", []) if e.partition("=")[0] not in names] + list(request.env)
+        if request.cwd:
+            process["cwd"] = request.cwd
+        self._execs += 1
+        key = f"{request.container}.exec{self._execs}"
+        params = {"container": request.container, "key": key, "process": process, "user": request.user}
+        pid = await self._launch(client, "exec", key, request.stdio, request.terminal, params)
+        self._background(self._end_exec(key))
+        return {"pid": pid, "key": key}
+
+    async def _launch(
+        self, client: Connection, method: str, key: str, stdio: Stdio, terminal: bool, params: dict[str, Any]
+    ) -> int:
+        """Opens the streams on both sides, starts the process, and connects them."""
+        process = Process(key, None if stdio.detach else client, stdio.detach)
+        agent = self._machine.agent
+        stdout = agent.open_stream()
+        stderr = None if terminal else agent.open_stream()
+        stdin = stdout if terminal else agent.open_stream() if stdio.stdin else None
+        process.streams = [stream for stream in {stdout, stderr, stdin} if stream is not None]
+        params |= {
+            "stdout": stdout.channel,
+            "stderr": stderr.channel if stderr else 0,
+            "stdin": stdin.channel if stdin else 0,
+            "size": list(stdio.size),
+        }
+        self._processes[key] = process
+        try:
+            answer = await self._machine.request(method, params, START_SECONDS)
+            self._connect(process, stdio, stdin, stdout, stderr)
+        except BaseException:
+            self._forget(process)
+            raise
+        return int(answer["pid"])
+
+    def _connect(
+        self, process: Process, stdio: Stdio, stdin: Stream | None, stdout: Stream, stderr: Stream | None
+    ) -> None:
+        client = process.client
+        pumps = process.pumps
+        if client is None:
+            log = _Log(self._folder / f"{process.key}.log")
+            pumps += [asyncio.ensure_future(log.take(stream)) for stream in (stdout, stderr) if stream]
+            return
+        out = client.open_stream(stdio.stdout)
+        pumps.append(asyncio.ensure_future(_pump(stdout, out)))
+        if stderr is not None:
+            pumps.append(asyncio.ensure_future(_pump(stderr, client.open_stream(stdio.stderr))))
+        if stdin is not None and stdio.stdin:
+            source = client.open_stream(stdio.stdin)
+            self._background(_pump(source, stdin))
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def _on_event(self, name: str, params: dict[str, Any]) -> None:
+        if name == "exit":
+            process = self._processes.get(str(params.get("key")))
+            code = params.get("code")
+            if process is not None and isinstance(code, int) and not process.code.done():
+                process.code.set_result(code & 0xFF)
+
+    async def _ended(self, key: str) -> int:
+        """Waits for a process's end and for the last byte of its output; the code is -1 when the machine died."""
+        process = self._processes[key]
+        waiters: set[asyncio.Future[Any]] = {process.code, self._machine.died}
+        if process.client is not None:
+            waiters.add(process.client.lost)
+        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        if not process.code.done() and not self._machine.died.done():  # the client is gone: so is its process
+            with contextlib.suppress(HoldfastError):
+                await self._machine.request("kill", {"key": key, "signal": 9}, 5)
+            await asyncio.wait({process.code, self._machine.died}, return_when=asyncio.FIRST_COMPLETED)
+        if process.code.done() and (process.client is None or process.client.error is None):
+            await asyncio.wait(process.pumps) if process.pumps else None
+        code = process.code.result() if process.code.done() else -1
+        self._forget(process)
+        return code
+
+    def _forget(self, process: Process) -> None:
+        for pump in process.pumps:
+            pump.cancel()
+        for stream in process.streams:
+            stream.close()
+        self._processes.pop(process.key, None)
+
+    async def _finish(self, name: str) -> None:
+        client = self._processes[name].client
+        code = await self._ended(name)
+        why = self._machine.describe_death().why if code < 0 else ""
+        state = "failed" if code < 0 else "exited"
+        self._infos[name] = msgspec.structs.replace(self._infos[name], state=state, code=code, why=why)
+        if client is not None:
+            client.event("exit", {"key": name, "code": code, "why": why})
+        if not self._machine.closing:
+            with contextlib.suppress(HoldfastError):  # what stays is recorded, and tried again when the pod ends
+                await self._engine.release(name)
+
+    async def _end_exec(self, key: str) -> None:
+        client = self._processes[key].client
+        code = await self._ended(key)
+        if client is not None:
+            why = self._machine.describe_death().why if code < 0 else ""
+            client.event("exit", {"key": key, "code": code, "why": why})
+
+    async def _delete(self, name: str) -> None:
+        if not self._machine.died.done():
+            await self._machine.request("remove", {"id": name}, START_SECONDS)
+
+    def _background(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def infos(self) -> tuple[ContainerInfo, ...]:
+        """Every container that ran in this pod."""
+        return tuple(self._infos.values())
+
+    async def kill(self, key: str, number: int) -> None:
+        """Sends a signal to a container's or an exec's process."""
+        if key not in self._processes:
+            raise NotFound("send signal", subject=key, why="it is not running", code="container-not-running")
+        await self._machine.request("kill", {"key": key, "signal": number}, 5)
+
+    async def resize(self, key: str, size: list[int]) -> None:
+        """Sets a terminal's rows and columns."""
+        if key in self._processes:
+            await self._machine.request("resize", {"key": key, "size": size}, 5)
+
+    async def wait(self, name: str) -> int:
+        """Waits for a container's end; returns its exit status.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        if name not in self._infos:
+            raise NotFound("wait for container", subject=name, code="container-not-found")
+        process = self._processes.get(name)
+        if process is not None:
+            await asyncio.wait({process.code, self._machine.died}, return_when=asyncio.FIRST_COMPLETED)
+            return process.code.result() if process.code.done() else -1
+        return self._infos[name].code
+
+
+def make_plan(request: ContainerRequest, engine: Engine | None = None) -> Plan:
+    """The plan for a container: the specification checked, its sources looked at, its steps ordered."""
+    spec = spec_from_raw(request.spec, request.name)
+    check(spec, request.name)
+    sources = survey(spec.mounts, DISK_TYPES)
+    if isinstance(request.root, DirectoryRoot):
+        sources[request.root.path] = look(request.root.path)
+    snapshot = engine.snapshot() if engine else None
+    return plan_container(request.name, request.spec, spec, request.root, sources, snapshot)
+
+
+async def _pump(source: Stream, target: Stream) -> None:
+    """Copies a stream to its end; a lost connection on either side ends it quietly, others say why."""
+    with contextlib.suppress(HoldfastError):
+        while data := await source.read():
+            await target.write(data)
+        target.write_eof()
+
+
+class _Log:
+    """A detached process's output; the file starts again when it has grown too large."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written = 0
+
+    async def take(self, stream: Stream) -> None:
+        with contextlib.suppress(HoldfastError, OSError):
+            with open(self._path, "ab", buffering=0) as file:
+                while data := await stream.read():
+                    if self._written > _LOG_BYTES:
+                        os.ftruncate(file.fileno(), 0)
+                        self._written = 0
+                    self._written += file.write(data)
+
+

@@ -1,0 +1,94 @@
+"""Starting a pod: reserve its name, take its lock, start its monitor.
+
+The folder is made first (``mkdir`` is atomic: one of two launchers gets the name), then the lock is taken
+and given to the monitor with the connection to its first client.  At no moment is something there that
+is neither owned by a living process nor found by ``audit``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from holdfast.errors import InUse, InvalidInput
+from holdfast.pod.client import Client
+from holdfast.storage.journal import Journal
+
+if TYPE_CHECKING:
+    from holdfast.pod.messages import PodRequest
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+#: sun_path holds 108 bytes (unix(7)); what is left for the state root and the pod's name.
+_SOCKET_PATH_BYTES = 107
+
+_START = "import sys; sys.path[:] = {path!r}; from holdfast.pod.monitor import main; main()"
+
+
+def check_name(name: str, what: str = "pod") -> str:
+    """Returns ``name`` if it can name a pod or a container.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    if not 0 < len(name) <= 64 or name[0] in ".-_" or set(name) - _NAME_CHARACTERS:
+        raise InvalidInput(
+            f"name {what}", subject=repr(name), code="bad-name",
+            why="a name has 1 to 64 letters, digits, '.', '_' and '-', and starts with a letter or digit",
+        )  # fmt: skip
+    return name
+
+
+def launch(request: PodRequest) -> Client:
+    """Starts a pod's monitor; returns the first client's connection, on which ``start`` waits for the machine.
+
+    Raises:
+        InUse: a pod of this name exists.
+        InvalidInput: the name, or the length of its path, is not usable.
+    """
+    check_name(request.name)
+    root = Path(request.root)
+    folder = root / "pods" / request.name
+    socket_path = folder / "monitor.sock"
+    if len(os.fsencode(socket_path)) > _SOCKET_PATH_BYTES:
+        raise InvalidInput(
+            "start pod", subject=socket_path, why="longer than a socket's path may be", code="path-too-long",
+            hint="use a shorter --root or --name",
+        )  # fmt: skip
+    with Journal(root) as journal:
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            if not journal.collect(request.name):
+                raise InUse(
+                    "start pod", subject=request.name, why="a pod of this name exists", code="pod-exists",
+                    hint=f"choose another name, or: holdfast pod remove {request.name}",
+                ) from None  # fmt: skip
+            folder.mkdir(mode=0o700)
+    lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            _spawn(request, lock_fd, theirs.fileno())
+        return Client(ours)
+    finally:
+        os.close(lock_fd)
+
+
+def _spawn(request: PodRequest, lock_fd: int, client_fd: int) -> None:
+    program = _START.format(path=[path for path in sys.path if path])
+    argv = [
+        sys.executable, "-I", "-S", "-c", program, msgspec.json.encode(request).decode(), str(lock_fd), str(client_fd),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        argv, pass_fds=[lock_fd, client_fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=None if os.environ.get("HOLDFAST_DEBUG") else subprocess.DEVNULL, cwd="/",
+    )  # fmt: skip
+    process.wait()  # it forks the monitor and ends at once

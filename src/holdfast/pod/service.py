@@ -1,0 +1,270 @@
+"""The monitor's service: starts the machine, answers clients, ends the pod."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from holdfast.errors import InvalidInput, NotReleased, from_exception
+from holdfast.linux import syscalls
+from holdfast.machine import accelerator, guest_image, template, vm
+from holdfast.machine.config import MIN_MEMORY_BYTES, MachineConfig
+from holdfast.pod.attach import HotAttach
+from holdfast.pod.containers import Containers
+from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
+from holdfast.storage.engine import Engine
+from holdfast.storage.journal import Journal
+from holdfast.wire.aio import Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+SOCKET = "monitor.sock"
+
+
+def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
+    """Runs the monitor of one pod to its end; returns its exit status."""
+    config = msgspec.json.decode(request, type=PodRequest)
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    return asyncio.run(Service(config, lock_fd, host_pid).run(client_fd))
+
+
+class Service:
+    """One pod.  Holds the pod's lock as long as it lives."""
+
+    def __init__(self, config: PodRequest, lock_fd: int, host_pid: int) -> None:
+        self._config = config
+        self._lock_fd = lock_fd
+        self._host_pid = host_pid
+        self._folder = Path(config.root) / "pods" / config.name
+        self._export = self._folder / "export"
+        self._journal = Journal(Path(config.root))
+        self._created_ns = time.time_ns()
+        self._machine: vm.VirtualMachine | None = None
+        self._machine_config: MachineConfig | None = None
+        self._engine: Engine
+        self._containers: Containers
+        self._attached: HotAttach
+        self._guest: dict[str, Any] = {}
+        self._ready: asyncio.Future[None]
+        self._ending = asyncio.Event()
+        self._clients: set[Connection] = set()
+        self._methods: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Any]]] = {
+            "start": self._start,
+            "run": self._run,
+            "exec": self._exec,
+            "plan": self._plan,
+            "kill": self._kill,
+            "resize": self._resize,
+            "wait": self._wait,
+            "attach": self._attach,
+            "detach": self._detach,
+            "storage": self._storage,
+            "inspect": self._inspect,
+            "verify": self._verify,
+            "remove": self._remove,
+        }
+
+    async def run(self, client_fd: int) -> int:
+        """Serves until the pod ends, then releases everything and forgets the pod."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._ending.set)
+        self._ready = loop.create_future()
+        self._journal.add_pod(self._config.name, self._host_pid, self._config.isolation)
+        first = self._connection()
+        await loop.create_connection(lambda: first, sock=socket.socket(fileno=client_fd))
+        server = await loop.create_unix_server(self._connection, path=str(self._folder / SOCKET))
+        starting = asyncio.ensure_future(self._bring_up(first))
+        if self._config.ephemeral:
+            first.lost.add_done_callback(lambda _: self._ending.set())
+        await self._ending.wait()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        server.close()
+        errors = await self._tear_down()
+        self._journal.forget_pod(self._config.name)
+        self._journal.close()
+        for client in list(self._clients):
+            client.event("ended", {"errors": [from_exception(error).as_dict() for error in errors]})
+        await asyncio.sleep(0)
+        return 1 if errors else 0
+
+    def _connection(self) -> Connection:
+        connection = Connection(self._answer)
+        self._clients.add(connection)
+        connection.lost.add_done_callback(lambda _: self._clients.discard(connection))
+        return connection
+
+    async def _answer(self, client: Connection, method: str, params: dict[str, Any]) -> Any:
+        handler = self._methods.get(method)
+        if handler is None:
+            raise InvalidInput("answer request", subject=method, why="unknown", code="unknown-request")
+        if method not in ("start", "inspect", "remove"):
+            await asyncio.shield(self._ready)
+        return await handler(client, params)
+
+    # -- the machine --------------------------------------------------------------------------
+
+    async def _bring_up(self, client: Connection) -> None:
+        try:
+            self._mount_export()
+            self._machine = await self._start_machine(lambda text: client.event("say", {"text": text}))
+            self._engine = Engine(self._machine, self._journal, self._config.name, Path(self._config.data))
+            self._containers = Containers(self._config.name, self._folder, self._machine, self._engine)
+            self._attached = HotAttach(self._engine)
+            self._machine.died.add_done_callback(lambda _: self._on_death())
+            self._ready.set_result(None)
+        except Exception as error:
+            self._ready.set_exception(from_exception(error))
+            self._ready.exception()  # asked for, whether or not somebody waits: no warning about it
+            if self._config.ephemeral:
+                await self._until_told(client)
+
+    async def _until_told(self, client: Connection) -> None:
+        """Gives the client the time to read why, then ends the pod."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await asyncio.shield(client.lost)
+        self._ending.set()
+
+    def _mount_export(self) -> None:
+        self._export.mkdir(mode=0o700)
+        syscalls.mount("holdfast", str(self._export), "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m")
+        syscalls.mount("none", str(self._export), "", syscalls.MS_PRIVATE)
+
+    async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
+        config = self._config
+        if config.memory_bytes < MIN_MEMORY_BYTES:
+            raise InvalidInput(
+                "start machine", subject=f"{config.memory_bytes >> 20}M of memory", code="too-little-memory",
+                why="a guest does not boot with so little", hint=f"at least {MIN_MEMORY_BYTES >> 20}M",
+            )  # fmt: skip
+        data = Path(config.data)
+        version = accelerator.cached_qemu_version(data)
+        guest = guest_image.find(data) or await asyncio.to_thread(guest_image.ensure, data, progress=say)
+        verdict = await accelerator.choose(data, guest, version, say)
+        machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version)
+        self._machine_config = machine
+        console = str(self._folder / "console.log")
+        if config.cold:
+            ram = self._folder / "ram"
+            with open(ram, "wb") as file:
+                file.truncate(config.memory_bytes)
+            return await vm.start(machine, ram_path=str(ram), ram_shared=True, export=str(self._export), console_log=console)
+        folder, _ = await template.ensure(data, machine, say)
+        return await template.clone(folder, machine, export=str(self._export), console_log=console)
+
+    def _on_death(self) -> None:
+        if self._config.ephemeral and not self._ending.is_set():
+            asyncio.get_running_loop().call_later(0.2, self._ending.set)
+
+    async def _tear_down(self) -> list[Exception]:
+        """Lets go of everything: cleanly where data could be lost, at once where it could not."""
+        errors: list[Exception] = []
+        machine = self._machine
+        if machine is not None:
+            machine.closing = True
+            if not machine.died.done() and self._engine.has_writable():
+                errors += await self._release_all()
+            await machine.close()
+            if errors or self._engine.held():
+                errors = await self._release_all()
+        with contextlib.suppress(OSError):
+            syscalls.umount(str(self._export), syscalls.MNT_DETACH)
+        return errors
+
+    async def _release_all(self) -> list[Exception]:
+        errors: list[Exception] = []
+        for holder in reversed(self._engine.held()):
+            try:
+                await self._engine.release(holder)
+            except NotReleased as error:
+                errors.append(error)
+        return errors
+
+    # -- requests -----------------------------------------------------------------------------
+
+    async def _start(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        await asyncio.shield(self._ready)
+        return await self._inspect(_client, {})
+
+    async def _run(self, client: Connection, params: dict[str, Any]) -> Any:
+        return await self._containers.run(client, _convert(params, ContainerRequest))
+
+    async def _exec(self, client: Connection, params: dict[str, Any]) -> Any:
+        return await self._containers.exec(client, _convert(params, ExecRequest))
+
+    async def _plan(self, _client: Connection, params: dict[str, Any]) -> Any:
+        plan = self._containers.plan(_convert(params, ContainerRequest))
+        return {"steps": msgspec.to_builtins(plan.steps), "describe": plan.describe()}
+
+    async def _kill(self, _client: Connection, params: dict[str, Any]) -> Any:
+        await self._containers.kill(str(params.get("key")), int(params.get("signal", signal.SIGTERM)))
+
+    async def _resize(self, _client: Connection, params: dict[str, Any]) -> Any:
+        await self._containers.resize(str(params.get("key")), list(params.get("size", ())))
+
+    async def _wait(self, _client: Connection, params: dict[str, Any]) -> Any:
+        return {"code": await self._containers.wait(str(params.get("container")))}
+
+    async def _attach(self, _client: Connection, params: dict[str, Any]) -> Any:
+        return await self._attached.attach(dict(params["mount"]))
+
+    async def _detach(self, _client: Connection, params: dict[str, Any]) -> Any:
+        await self._attached.detach(str(params["guest_path"]))
+
+    async def _storage(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        return self._engine.describe()
+
+    async def _verify(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        """Compares what the journal says with what the machine has: for ``audit``."""
+        machine = self._machine
+        if machine is None or machine.died.done():
+            return {"unknown_slots": [], "missing_slots": []}
+        plugged = {str(slot) for slot in await machine.plugged()}
+        known = {row.detail.get("slot") for row in self._journal.held(self._config.name) if row.kind == "attachment"}
+        return {"unknown_slots": sorted(plugged - known), "missing_slots": sorted(known - plugged)}
+
+    async def _inspect(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        machine, config = self._machine, self._machine_config
+        state, why = "starting", ""
+        if machine is not None:
+            state = "failed" if machine.died.done() else "running"
+            why = machine.describe_death().why if machine.died.done() else ""
+            if not self._guest and state == "running":
+                self._guest = await machine.request("hello", {}, vm.HELLO_SECONDS)
+        elif self._ready.done() and self._ready.exception() is not None:
+            state, why = "failed", str(self._ready.exception())
+        info = PodInfo(
+            name=self._config.name, state=state, isolation=self._config.isolation,
+            accelerator=config.accelerator if config else "", pid=self._host_pid, qemu_pid=machine.pid if machine else 0,
+            memory_bytes=self._config.memory_bytes, cpus=self._config.cpus,
+            started_from="boot" if self._config.cold else "template", created_ns=self._created_ns,
+            containers=self._containers.infos() if machine is not None and self._ready.done() else (),
+            why=why, guest=self._guest,
+        )  # fmt: skip
+        return msgspec.to_builtins(info)
+
+    async def _remove(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        self._ending.set()
+
+
+def _convert(params: dict[str, Any], kind: Any) -> Any:
+    try:
+        return msgspec.convert(params, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidInput("read request", why=error, code="malformed-request") from None
+
+

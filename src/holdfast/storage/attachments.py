@@ -1,0 +1,195 @@
+"""Disks in slots.
+
+An attachment is a disk in a SCSI slot.  Its identity is the file behind the path (device and inode),
+whether it is read-only, and its format: links and ``..`` do not make a second one.  A slot is taken
+before anything is done and free again only when the device is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
+from holdfast.machine.sandbox import CONTROLLERS, LUNS, Slot
+from holdfast.spec import guest_requests as requests
+from holdfast.storage.counted import Counted
+from holdfast.storage.undo import Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.machine.sandbox import Sandbox
+    from holdfast.storage.journal import Journal
+
+GUEST_SECONDS = 20.0
+
+
+class DiskKey(NamedTuple):
+    """What makes two disks the same attachment."""
+
+    device: int
+    inode: int
+    read_only: bool
+    disk_format: str
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """A disk to attach.
+
+    Attributes:
+        path: on the host; only a name when ``open`` makes the file itself.
+        kind: ``layer``, ``scratch`` or ``disk``: what it is for.
+        device, inode: what was seen behind the path; 0 when nothing was looked at.
+        leased: whether the host-wide rule of one writer is kept by a lease.
+    """
+
+    path: str
+    kind: str
+    read_only: bool
+    disk_format: str = "raw"
+    block_device: bool = False
+    device: int = 0
+    inode: int = 0
+
+    def open(self) -> int:
+        """Opens the file; the caller owns the descriptor.
+
+        Raises:
+            NotFound: it is gone.
+            InvalidInput: it is not what was seen when the plan was made, or no disk.
+        """
+        flags = os.O_RDONLY if self.read_only else os.O_RDWR
+        try:
+            fd = os.open(self.path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise NotFound("open disk", subject=self.path, why=error, code="source-not-found") from None
+        except OSError as error:
+            raise InvalidInput("open disk", subject=self.path, why=error, code="source-unreadable") from None
+        status = os.fstat(fd)
+        changed = self.inode and (status.st_dev, status.st_ino) != (self.device, self.inode)
+        disk = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
+        if changed or not disk:
+            os.close(fd)
+            why = "another file is there now" if changed else "it is neither a file nor a block device"
+            raise InvalidInput("open disk", subject=self.path, why=why, code="source-changed")
+        return fd
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A disk in a slot.  ``row`` is its line in the journal."""
+
+    disk: Disk
+    key: DiskKey
+    slot: Slot
+    size_bytes: int
+    row: int
+    leased: bool
+
+
+class Attachments:
+    """The slots of one pod."""
+
+    def __init__(self, sandbox: Sandbox, journal: Journal, pod: str, reserved: tuple[Slot, ...] = ()) -> None:
+        self._sandbox = sandbox
+        self._journal = journal
+        self._pod = pod
+        self._taken: set[Slot] = set(reserved)
+        self._shared: Counted[DiskKey, Attachment] = Counted(self._detach)
+
+    async def attach(self, disk: Disk, holder: str, opened: Callable[[], int] | None = None) -> Attachment:
+        """Puts a disk into a slot, or counts one more holder of it.
+
+        Args:
+            opened: yields an open descriptor, which is then owned here, of a file that has no path of its own.
+
+        Raises:
+            Exhausted: no slot is free.
+            InUse: the disk is open elsewhere in a way that does not go together.
+        """
+        fd = opened() if opened is not None else disk.open()
+        try:
+            status = os.fstat(fd)
+            key = DiskKey(status.st_dev, status.st_ino, disk.read_only, disk.disk_format)
+            return await self._shared.acquire(key, holder, lambda: self._attach(disk, key, os.dup(fd)))
+        finally:
+            os.close(fd)
+
+    async def detach(self, attachment: Attachment, holder: str) -> None:
+        """Lets go of a disk; the last holder unplugs it.  Can be tried again when it fails.
+
+        Raises:
+            NotReleased: the guest keeps the disk busy, or did not let go of it in time.
+        """
+        await self._shared.release(attachment.key, holder)
+
+    async def _attach(self, disk: Disk, key: DiskKey, fd: int) -> Attachment:
+        undo = Undo()
+        try:
+            slot = self._free_slot(disk)
+            self._taken.add(slot)
+            undo.push("free slot", lambda: self._taken.discard(slot))
+            size = os.lseek(fd, 0, os.SEEK_END)
+            detail = {"slot": str(slot), "read_only": disk.read_only, "kind": disk.kind, "format": disk.disk_format}
+            row = self._journal.intend(self._pod, "attachment", disk.path, detail)
+            undo.push("journal", lambda: self._journal.release(row))
+            leased = disk.kind == "disk"
+            if leased:
+                writable = not disk.read_only
+                self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=writable)
+                undo.push("end lease", lambda: self._end_lease(key))
+            await self._sandbox.plug_disk(slot, fd, disk.disk_format, disk.read_only, disk.block_device)
+            undo.push("unplug disk", lambda: self._sandbox.unplug_disk(slot))
+            self._journal.hold(row)
+        except BaseException as error:
+            _add_causes(error, await undo.unwind())
+            raise
+        finally:
+            os.close(fd)
+        return Attachment(disk, key, slot, size, row, leased)
+
+    async def _detach(self, key: DiskKey, attachment: Attachment) -> None:
+        """Guest first, then host; every step may be asked for again."""
+        slot = attachment.slot
+        self._journal.releasing(attachment.row)
+        if not self._sandbox.died.done():
+            eject = requests.GuestRequest("Remove", requests.SCSIDevice(slot.controller, slot.lun))
+            await self._sandbox.request("modify", requests.encode(eject), GUEST_SECONDS)
+            await self._sandbox.unplug_disk(slot)
+        if attachment.leased:
+            self._end_lease(key)
+        self._taken.discard(slot)
+        self._journal.release(attachment.row)
+
+    def _end_lease(self, key: DiskKey) -> None:
+        self._journal.end_lease(self._pod, key.device, key.inode, writable=not key.read_only)
+
+    def _free_slot(self, disk: Disk) -> Slot:
+        for controller in range(CONTROLLERS):
+            for lun in range(LUNS):
+                slot = Slot(controller, lun)
+                if slot not in self._taken:
+                    return slot
+        raise Exhausted(
+            "attach disk", subject=disk.path, why=f"all {CONTROLLERS * LUNS} SCSI slots are taken", code="no-free-slot",
+            hint="detach something, or use another pod",
+        )  # fmt: skip
+
+    @property
+    def free(self) -> int:
+        """Slots left."""
+        return CONTROLLERS * LUNS - len(self._taken)
+
+    def items(self) -> list[tuple[Attachment, list[str]]]:
+        """Every attachment with its holders, by slot."""
+        found = [(attachment, holders) for _, attachment, holders in self._shared.items()]
+        return sorted(found, key=lambda item: item[0].slot)
+
+
+def _add_causes(error: BaseException, causes: list[Exception]) -> None:
+    """What could not be undone is reported with what made the undoing necessary."""
+    if causes and isinstance(error, HoldfastError):
+        error.causes += tuple(causes)

@@ -1,0 +1,246 @@
+"""The engine carries out plans, and lets go of what they acquired.
+
+It acquires in the plan's order, remembering each acquisition at once, so that a failure in the middle, or
+the container's end, releases all of it in reverse, the layers last.  A release that fails keeps what it
+could not let go of; the next try goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import HoldfastError
+from holdfast.spec import guest_requests as requests
+from holdfast.storage import scratch as scratch_disks
+from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk
+from holdfast.storage.disk_mounts import DiskMounts
+from holdfast.storage.plan import PodSnapshot
+from holdfast.storage.shares import ShareKey, Shares
+from holdfast.storage.steps import (
+    AnyStep,
+    CombineLayers,
+    MakeScratch,
+    MountDisk,
+    MountLayer,
+    RunContainer,
+    ShareDirectory,
+)  # fmt: skip
+from holdfast.storage.undo import Undo, not_released
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from holdfast.machine.sandbox import Sandbox
+    from holdfast.storage.journal import Journal
+
+#: Disks attached at once: QEMU takes commands one by one, but guests probe and mount side by side.
+_AT_ONCE = 8
+
+
+class Held:
+    """What one container, or one attach, holds.
+
+    Attributes:
+        paths: id of each step done -> the path that it yielded in the guest.
+    """
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        self.paths: dict[str, str] = {}
+        self.undo = Undo()
+
+
+class Engine:
+    """The storage of one pod.
+
+    Args:
+        data: the data folder, for scratch disks.
+    """
+
+    def __init__(self, sandbox: Sandbox, journal: Journal, pod: str, data: Path) -> None:
+        self._sandbox = sandbox
+        self._journal = journal
+        self._pod = pod
+        self._data = data
+        self.attachments = Attachments(sandbox, journal, pod)
+        self.disks = DiskMounts(sandbox, self.attachments)
+        self.shares = Shares(sandbox, journal, pod)
+        self._held: dict[str, Held] = {}
+
+    def snapshot(self) -> PodSnapshot:
+        """What planning must know of the pod."""
+        disks = {
+            (attachment.key.device, attachment.key.inode): not attachment.key.read_only
+            for attachment, _ in self.attachments.items()
+        }
+        return PodSnapshot(self.attachments.free, frozenset(self._held), disks)
+
+    async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
+        """Carries out the storage steps of a plan for ``holder``.
+
+        Raises:
+            HoldfastError: a step failed; everything done before it has been undone, and what could not be is
+                among the error's causes.
+        """
+        held = self._held[holder] = Held(holder)
+        try:
+            parallel = [
+                step for step in steps if isinstance(step, MountLayer | MakeScratch | MountDisk | ShareDirectory)
+            ]
+            await self._all(held, parallel)
+            for step in steps:
+                if isinstance(step, CombineLayers):
+                    await self._combine(held, step)
+        except BaseException as error:
+            errors = await held.undo.unwind()
+            if held.undo.empty:
+                del self._held[holder]
+            if errors and isinstance(error, HoldfastError):
+                error.causes += tuple(errors)
+            raise
+        return held
+
+    async def _all(self, held: Held, steps: list[Any]) -> None:
+        """Does independent steps side by side; the first failure is raised when all have come to an end."""
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(step: AnyStep) -> None:
+            async with gate:
+                await self._do(held, step)
+
+        tasks = [asyncio.ensure_future(one(step)) for step in steps]
+        try:
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _do(self, held: Held, step: AnyStep) -> None:
+        match step:
+            case MountLayer():
+                disk = Disk(step.path, "layer", read_only=True)
+                await self._mount_disk(held, step.id, disk, filesystem="erofs")
+            case MakeScratch():
+                prepared = await asyncio.to_thread(scratch_disks.prepare, self._data, step.size_bytes)
+                fd = await asyncio.to_thread(scratch_disks.copy, prepared)
+                disk = Disk(f"scratch of {held.holder}", "scratch", read_only=False)
+                await self._mount_disk(held, step.id, disk, filesystem="ext4", opened=lambda: fd)
+            case MountDisk():
+                disk = Disk(
+                    step.path, "disk", step.read_only, step.disk_format, step.block_device, step.device, step.inode
+                )
+                await self._mount_disk(
+                    held, step.id, disk, filesystem=step.filesystem, options=step.options, partition=step.partition
+                )
+            case ShareDirectory():
+                key = ShareKey(step.device, step.inode, step.path, step.read_only, step.recursive)
+                share = await self.shares.add(key, held.holder, file=step.file)
+                held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder))
+                held.paths[step.id] = share.guest_path
+            case CombineLayers() | RunContainer():
+                raise AssertionError(step)
+
+    async def _mount_disk(
+        self,
+        held: Held,
+        step_id: str,
+        disk: Disk,
+        *,
+        filesystem: str,
+        options: tuple[str, ...] = (),
+        partition: int = 0,
+        opened: Callable[[], int] | None = None,
+    ) -> None:
+        mount = await self.disks.mount(
+            disk, held.holder, options=options, partition=partition, filesystem=filesystem, opened=opened
+        )
+        held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder))
+        held.paths[step_id] = mount.guest_path
+
+    async def _combine(self, held: Held, step: CombineLayers) -> None:
+        root = f"/run/gcs/c/{held.holder}/rootfs"
+        settings = requests.LCOWCombinedLayers(
+            container_id=held.holder, container_root_path=root,
+            layers=tuple(requests.Layer(path=held.paths[layer]) for layer in step.layers),
+            scratch_path=held.paths[step.scratch] if step.scratch else "",
+        )  # fmt: skip
+        await self._guest("Add", settings)
+        held.undo.push("root filesystem", lambda: self._uncombine(settings))
+        held.paths[step.id] = root
+
+    async def _uncombine(self, settings: requests.LCOWCombinedLayers) -> None:
+        if not self._sandbox.died.done():
+            only_path = requests.LCOWCombinedLayers(
+                container_id=settings.container_id, container_root_path=settings.container_root_path
+            )
+            await self._guest("Remove", only_path)
+
+    async def _guest(self, action: requests.RequestType, settings: requests.Settings) -> Any:
+        request = requests.encode(requests.GuestRequest(action, settings))
+        return await self._sandbox.request("modify", request, GUEST_SECONDS)
+
+    def also_release(self, holder: str, what: str, action: Callable[[], Awaitable[object]]) -> None:
+        """Adds something to be released before everything that ``holder`` holds so far."""
+        self._held[holder].undo.push(what, action)
+
+    def holds(self, holder: str) -> bool:
+        """Whether anything is still held for ``holder``."""
+        return holder in self._held
+
+    def held(self) -> list[str]:
+        """Everybody who holds something, in the order of their coming."""
+        return list(self._held)
+
+    def has_writable(self) -> bool:
+        """Whether something outside the pod could lose writes if the machine were simply killed."""
+        disks = any(a.disk.kind == "disk" and not a.disk.read_only for a, _ in self.attachments.items())
+        return disks or any(not share.key.read_only for share, _ in self.shares.items())
+
+    async def release(self, holder: str) -> None:
+        """Lets go of everything that ``holder`` holds, in reverse; what is not held is no error.
+
+        Raises:
+            NotReleased: something could not be let go of; it stays held, and the next call tries again.
+        """
+        held = self._held.get(holder)
+        if held is None:
+            return
+        errors = await held.undo.unwind()
+        if errors:
+            raise not_released("release storage", holder, errors)
+        del self._held[holder]
+
+    def describe(self) -> dict[str, Any]:
+        """Everything the pod holds: attachments by slot, shares by number; for ``holdfast storage``."""
+        attachments = [
+            {
+                "slot": str(a.slot),
+                "file": a.disk.path,
+                "kind": a.disk.kind,
+                "format": a.disk.disk_format,
+                "read_only": a.disk.read_only,
+                "size_bytes": a.size_bytes,
+                "holders": holders,
+                "guest_paths": self.disks.path_of(a),
+            }
+            for a, holders in self.attachments.items()
+        ]
+        shares = [
+            {
+                "share": s.number,
+                "path": s.key.path,
+                "kind": "file" if s.file else "directory",
+                "read_only": s.key.read_only,
+                "holders": holders,
+                "guest_path": s.guest_path,
+            }
+            for s, holders in self.shares.items()
+        ]
+        return {"pod": self._pod, "attachments": attachments, "shares": shares, "free_slots": self.attachments.free}

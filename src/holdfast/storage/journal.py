@@ -1,0 +1,238 @@
+"""The journal: what was about to be done, what is held, and who has the right to open which disk.
+
+One SQLite file per state root, written by every pod's monitor and read by anyone.  An *intent* is durable
+before the act; *held* after it; the row goes when the thing has been let go of.  Rows of a pod are true
+as long as its monitor lives, and that is asked of the kernel: the monitor holds a lock on
+``pods/<pod>/lock``, which no reuse of a process id can fake.
+
+::
+
+    pods    (name, pid, isolation, created_ns, folder)
+    held    (id, pod, kind, object, state: intent|held|releasing, detail: JSON)
+    leases  (device, inode, pod, writable, path)        who may open which disk
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import apsw
+import msgspec
+
+from holdfast.errors import HoldfastError, InUse, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS pods (name TEXT PRIMARY KEY, pid INTEGER NOT NULL, isolation TEXT NOT NULL,
+    created_ns INTEGER NOT NULL, folder TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS held (id INTEGER PRIMARY KEY, pod TEXT NOT NULL, kind TEXT NOT NULL,
+    object TEXT NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS leases (device INTEGER NOT NULL, inode INTEGER NOT NULL, pod TEXT NOT NULL,
+    writable INTEGER NOT NULL, path TEXT NOT NULL, PRIMARY KEY (device, inode, pod, writable)) STRICT;
+CREATE INDEX IF NOT EXISTS held_pod ON held (pod);
+"""
+_BUSY_MS = 10_000
+
+
+class PodRow(msgspec.Struct, frozen=True):
+    """A pod as the journal knows it; ``pid`` is the monitor's."""
+
+    name: str
+    pid: int
+    isolation: str
+    created_ns: int
+    folder: str
+
+
+class HeldRow(msgspec.Struct, frozen=True):
+    """Something a pod holds, was about to hold (``intent``), or is letting go of (``releasing``)."""
+
+    id: int
+    pod: str
+    kind: str
+    object: str
+    state: str
+    detail: dict[str, Any]
+
+
+class Journal:
+    """The journal of one state root.  Owns its database connection.
+
+    Raises:
+        HoldfastError: the file cannot be opened or is no journal.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pods_folder = root / "pods"
+        self.pods_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._db = apsw.Connection(str(root / "journal.db"))
+            self._db.set_busy_timeout(_BUSY_MS)
+            self._db.pragma("journal_mode", "wal")
+            self._db.pragma("synchronous", "full")
+            self._db.execute(_SCHEMA)
+        except apsw.Error as error:
+            raise HoldfastError(
+                "open journal", subject=root / "journal.db", why=error, code="journal-unusable"
+            ) from None
+
+    def close(self) -> None:
+        """Closes the database; a second call does nothing."""
+        self._db.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- pods ---------------------------------------------------------------------------------
+
+    def add_pod(self, name: str, pid: int, isolation: str) -> None:
+        """Records a pod whose lock the caller holds."""
+        row = (name, pid, isolation, time.time_ns(), str(self.pods_folder / name))
+        self._db.execute("INSERT OR REPLACE INTO pods VALUES (?, ?, ?, ?, ?)", row)
+
+    def pods(self) -> list[PodRow]:
+        """Every recorded pod, oldest first; whether one lives is :meth:`is_alive`'s answer."""
+        return [PodRow(*row) for row in self._db.execute("SELECT * FROM pods ORDER BY created_ns, name")]
+
+    def pod(self, name: str) -> PodRow:
+        """One pod.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        for row in self._db.execute("SELECT * FROM pods WHERE name = ?", (name,)):
+            return PodRow(*row)
+        raise NotFound("find pod", subject=name, code="pod-not-found", hint="holdfast ps lists the pods")
+
+    def is_alive(self, pod: str) -> bool:
+        """Whether the pod's monitor lives: it holds the pod's lock."""
+        try:
+            fd = os.open(self.pods_folder / pod / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(fd)
+
+    def forget_pod(self, name: str) -> None:
+        """Removes a pod with everything it held: its rows, its leases and its folder.
+
+        Only for who holds the pod's lock, or has found it free.
+        """
+        with self._db:
+            for table, column in (("held", "pod"), ("leases", "pod"), ("pods", "name")):
+                self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+        folder = self.pods_folder / name
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+    def collect(self, name: str) -> bool:
+        """Forgets a pod if its monitor is dead; returns whether it was.
+
+        The lock is held meanwhile, so that of two collectors one does it.
+        """
+        try:
+            fd = os.open(self.pods_folder / name / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            self.forget_pod(name)
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            self.forget_pod(name)
+            return True
+        finally:
+            os.close(fd)
+
+    # -- what is held -------------------------------------------------------------------------
+
+    def intend(self, pod: str, kind: str, subject: str, detail: dict[str, Any] | None = None) -> int:
+        """Records that something is about to be done; durable when this returns."""
+        self._db.execute(
+            "INSERT INTO held (pod, kind, object, state, detail) VALUES (?, ?, ?, 'intent', ?)",
+            (pod, kind, subject, json.dumps(detail or {})),
+        )
+        return self._db.last_insert_rowid()
+
+    def hold(self, row: int, detail: dict[str, Any] | None = None) -> None:
+        """Records that it was done."""
+        self._db.execute(
+            "UPDATE held SET state = 'held', detail = coalesce(?, detail) WHERE id = ?",
+            (None if detail is None else json.dumps(detail), row),
+        )
+
+    def releasing(self, row: int) -> None:
+        """Records that it is about to be let go of."""
+        self._db.execute("UPDATE held SET state = 'releasing' WHERE id = ?", (row,))
+
+    def release(self, row: int) -> None:
+        """Records that it has been let go of, or was never done."""
+        self._db.execute("DELETE FROM held WHERE id = ?", (row,))
+
+    def held(self, pod: str | None = None) -> list[HeldRow]:
+        """What a pod, or every pod, holds, in the order of acquisition."""
+        rows: Iterable[tuple[Any, ...]]
+        if pod is None:
+            rows = self._db.execute("SELECT * FROM held ORDER BY id")
+        else:
+            rows = self._db.execute("SELECT * FROM held WHERE pod = ? ORDER BY id", (pod,))
+        return [HeldRow(*row[:5], json.loads(row[5])) for row in rows]
+
+    # -- leases -------------------------------------------------------------------------------
+
+    def lease(self, pod: str, device: int, inode: int, path: str, *, writable: bool) -> None:
+        """Takes the right to open a disk: one writer, or any number of readers, on the whole host.
+
+        Raises:
+            InUse: another pod, or this one, has it in a way that does not go together; names the holder.
+        """
+        with self._db:
+            self._db.execute("DELETE FROM leases WHERE 0")  # takes the write lock before anything is read
+            rows = list(self._db.execute(
+                "SELECT pod, writable, path FROM leases WHERE device = ? AND inode = ?", (device, inode)
+            ))  # fmt: skip
+            for holder, held_writable, held_path in rows:
+                if not writable and not held_writable:
+                    continue
+                if holder != pod and not self.is_alive(holder):
+                    self._db.execute("DELETE FROM leases WHERE pod = ?", (holder,))
+                    continue
+                mode = "for writing" if held_writable else "for reading"
+                raise InUse(
+                    "open disk", subject=path, code="disk-in-use", why=f"pod {holder} has {held_path} open {mode}",
+                    hint=f"end that pod first: holdfast pod remove {holder}",
+                )  # fmt: skip
+            self._db.execute(
+                "INSERT OR IGNORE INTO leases VALUES (?, ?, ?, ?, ?)", (device, inode, pod, int(writable), path)
+            )
+
+    def end_lease(self, pod: str, device: int, inode: int, *, writable: bool) -> None:
+        """Gives the right back; one that is not held is no error."""
+        self._db.execute(
+            "DELETE FROM leases WHERE device = ? AND inode = ? AND pod = ? AND writable = ?",
+            (device, inode, pod, int(writable)),
+        )
+
+    def leases(self) -> list[dict[str, Any]]:
+        """Every lease: ``path``, ``pod``, ``writable``."""
+        rows = self._db.execute("SELECT path, pod, writable FROM leases ORDER BY path, pod")
+        return [{"path": path, "pod": pod, "writable": bool(writable)} for path, pod, writable in rows]

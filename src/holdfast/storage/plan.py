@@ -1,0 +1,259 @@
+"""Planning: a specification and what was seen of its sources become an ordered list of steps.
+
+Pure: nothing is opened, made or asked here.  Every error that can be known from the input is raised here,
+before any side effect, and the caller's specification is never changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
+from holdfast.mounts import options as mount_options
+from holdfast.spec.runtime import DISK_TYPES, Mount, Spec
+from holdfast.storage.steps import (
+    AnyStep,
+    CombineLayers,
+    MakeScratch,
+    MountDisk,
+    MountLayer,
+    Plan,
+    Rewrite,
+    RunContainer,
+    ShareDirectory,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from holdfast.storage.survey import Source
+
+#: Types that only a later stage of the plan could resolve.
+_NOT_YET = frozenset({"volume", "image"})
+_BIND_WORDS = frozenset({"bind", "rbind"})
+
+
+class LayeredRoot(msgspec.Struct, frozen=True, tag="layers"):
+    """A root filesystem made of layer disks.
+
+    Attributes:
+        layers: (path of the disk, diffID), top-most first.
+        scratch_bytes: size of the disk for the container's writes; 0 makes the root read-only.
+        mode, uid, gid: of ``/``.
+    """
+
+    layers: tuple[tuple[str, str], ...]
+    scratch_bytes: int
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+
+
+class DirectoryRoot(msgspec.Struct, frozen=True, tag="directory"):
+    """A root filesystem that is a directory of the host, served over 9p."""
+
+    path: str
+    read_only: bool
+
+
+class PodSnapshot(msgspec.Struct, frozen=True):
+    """What a pod holds at the time of planning.
+
+    Attributes:
+        free_slots: SCSI slots left.
+        containers: names in use.
+        disks: (device, inode) of attached disks -> whether writable.
+    """
+
+    free_slots: int = 256
+    containers: frozenset[str] = frozenset()
+    disks: dict[tuple[int, int], bool] = {}
+
+
+def plan_container(
+    name: str,
+    raw: dict[str, Any],
+    spec: Spec,
+    root: LayeredRoot | DirectoryRoot,
+    sources: dict[str, Source],
+    snapshot: PodSnapshot | None = None,
+) -> Plan:
+    """The plan for one container.
+
+    Args:
+        raw, spec: the specification, as a document and typed.
+        sources: what the survey saw, by path.
+        snapshot: the pod that it joins; None is a new one.
+
+    Raises:
+        InvalidInput, NotFound, InUse, Unsupported, Exhausted: what is wrong with the input.
+    """
+    pod = snapshot or PodSnapshot()
+    if name in pod.containers:
+        raise InUse("run container", subject=name, why="the pod has one of this name", code="container-exists")
+    if spec.process is None:
+        raise InvalidInput("run container", subject=name, why="its specification has no process", code="spec-invalid")
+    steps, root_step = _root_steps(root, sources)
+    rewrites: list[Rewrite] = []
+    for index, mount in enumerate(spec.mounts):
+        step = mount_step(index, mount, sources, steps)
+        if step is not None:
+            if step.id == f"m{index}":
+                steps.append(step)
+            rewrites.append(Rewrite(index, step.id, _guest_options(mount)))
+    _check_disks(steps, pod)
+    steps.append(RunContainer("run", spec.process.args))
+    return Plan(name, tuple(steps), raw, root_step, tuple(rewrites))
+
+
+def _root_steps(root: LayeredRoot | DirectoryRoot, sources: dict[str, Source]) -> tuple[list[AnyStep], str]:
+    if isinstance(root, DirectoryRoot):
+        source = sources[root.path]
+        if source.kind != "directory":
+            raise NotFound("share root filesystem", subject=root.path, why=source.why or f"it is a {source.kind}")
+        share = ShareDirectory("root", root.path, source.device, source.inode, root.read_only)
+        return [share], "root"
+    steps: list[AnyStep] = [
+        MountLayer(f"layer{index}", path, diff_id) for index, (path, diff_id) in enumerate(root.layers)
+    ]
+    layer_ids = tuple(step.id for step in steps)
+    if root.scratch_bytes:
+        steps.append(MakeScratch("scratch", root.scratch_bytes))
+    scratch = "scratch" if root.scratch_bytes else ""
+    steps.append(CombineLayers("root", layer_ids, scratch, root.mode, root.uid, root.gid))
+    return steps, "root"
+
+
+def mount_step(
+    index: int, mount: Mount, sources: dict[str, Source], earlier: list[AnyStep]
+) -> MountDisk | ShareDirectory | None:
+    """The step for one mount; None for what the runtime does itself (proc, tmpfs, devpts ...)."""
+    subject = f"mounts[{index}] {mount.source} at {mount.destination}"
+    if mount.kind in _NOT_YET:
+        raise Unsupported(
+            "plan mount", subject=subject, why=f"mounts of type {mount.kind} are not built yet", code="mount-type",
+            hint="use type=bind, disk, physical-disk or tmpfs",
+        )  # fmt: skip
+    if mount.kind not in DISK_TYPES and mount.kind != "bind":
+        return None
+    if not mount.source or not mount.destination:
+        raise InvalidInput(
+            "plan mount", subject=subject, why="it needs a source and a destination", code="mount-incomplete"
+        )
+    source = sources.get(mount.source)
+    if source is None:
+        raise InvalidInput("plan mount", subject=subject, why="the source is not an absolute path", code="mount-source")
+    _check_present(source, subject)
+    step: MountDisk | ShareDirectory
+    if mount.kind == "bind":
+        step = _share(index, mount, source, subject)
+    else:
+        step = _disk(index, mount, source, subject)
+    # The same thing twice is one step: it is attached once, and mounted where each mount wants it.
+    for other in earlier:
+        if isinstance(other, MountDisk | ShareDirectory) and msgspec.structs.replace(other, id=step.id) == step:
+            return other
+    return step
+
+
+def _check_present(source: Source, subject: str) -> None:
+    if source.kind == "missing":
+        raise NotFound("plan mount", subject=subject, why=source.why, code="source-not-found")
+    if source.kind == "dangling link":
+        raise NotFound("plan mount", subject=subject, why="the source is a link to nothing", code="source-dangling")
+    if source.kind == "unreadable":
+        raise InvalidInput("plan mount", subject=subject, why=source.why, code="source-unreadable")
+
+
+def _share(index: int, mount: Mount, source: Source, subject: str) -> ShareDirectory:
+    if source.kind not in ("directory", "file"):
+        raise Unsupported(
+            "plan mount", subject=subject, why=f"the source is a {source.kind}, which does not work across a machine's border",
+            code="source-kind", hint="share the directory that it is in, and make it inside",
+        )  # fmt: skip
+    return ShareDirectory(
+        f"m{index}", mount.source, source.device, source.inode, mount.read_only, source.kind == "file",
+        "rbind" in mount.options or "bind" not in mount.options,
+    )  # fmt: skip
+
+
+def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
+    physical = mount.kind == "physical-disk"
+    if physical and source.kind != "block device":
+        raise InvalidInput(
+            "plan mount", subject=subject, why=f"the source is a {source.kind}, not a block device", code="source-kind"
+        )
+    if source.kind not in ("file", "block device"):
+        raise InvalidInput(
+            "plan mount", subject=subject, why=f"the source is a {source.kind}, not a disk", code="source-kind"
+        )
+    if source.mounted:
+        raise InUse(
+            "plan mount",
+            subject=subject,
+            why="the host has this device mounted",
+            code="disk-in-use",
+            hint="unmount it first",
+        )
+    if source.disk_format == "qcow2 with another file":
+        raise Unsupported(
+            "plan mount", subject=subject, why="this qcow2 image refers to another file, which is not opened",
+            code="disk-format", hint="qemu-img convert makes one that stands alone",
+        )  # fmt: skip
+    if not source.size_bytes or source.size_bytes % 512:
+        raise InvalidInput(
+            "plan mount",
+            subject=subject,
+            why=f"{source.size_bytes} bytes are no whole number of sectors",
+            code="disk-size",
+        )
+    if source.disk_format == "raw" and source.filesystem in ("", "luks", "swap"):
+        raise InvalidInput(
+            "plan mount", subject=subject, code="no-filesystem",
+            why=f"it holds {source.filesystem}, which cannot be mounted" if source.filesystem else "no known filesystem on it",
+            hint="make one with mkfs; Holdfast never formats a disk that it did not make",
+        )  # fmt: skip
+    read_only = mount.read_only or source.filesystem in ("erofs", "squashfs", "iso9660")
+    kept = tuple(option for option in mount.options if option not in _BIND_WORDS and not _is_access(option))
+    return MountDisk(
+        f"m{index}", mount.source, source.device, source.inode, read_only, source.disk_format,
+        source.kind == "block device", source.filesystem, kept,
+    )  # fmt: skip
+
+
+def _is_access(option: str) -> bool:
+    return mount_options.is_read_only([option]) or option.lower() in ("ro", "rw", "readonly")
+
+
+def _guest_options(mount: Mount) -> tuple[str, ...]:
+    """Options of the bind that the runtime makes from the guest's path to the container's."""
+    parsed = mount_options.split(mount.options)
+    known = [o for o in parsed if o.lower() in mount_options.FLAG_NAMES or o.lower() in mount_options.PROPAGATION_NAMES]
+    kept = [option for option in known if option not in _BIND_WORDS and not _is_access(option)]
+    bind = "bind" if "bind" in mount.options and "rbind" not in mount.options else "rbind"
+    return (bind, "ro" if mount.read_only else "rw", *kept)
+
+
+def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
+    """One writer, and slots enough, before anything is touched."""
+    modes: dict[tuple[int, int], bool] = {key: writable for key, writable in pod.disks.items()}
+    slots = sum(isinstance(step, MountLayer | MakeScratch | MountDisk) for step in steps)
+    if slots > pod.free_slots:
+        raise Exhausted(
+            "plan container", why=f"{slots} disks needed, {pod.free_slots} SCSI slots free", code="no-free-slot",
+            hint="a pod holds 256 disks",
+        )  # fmt: skip
+    for step in steps:
+        if not isinstance(step, MountDisk):
+            continue
+        key = (step.device, step.inode)
+        writable = not step.read_only
+        if modes.setdefault(key, writable) != writable or (writable and _times(steps, step) > 1):
+            raise InUse(
+                "plan container", subject=step.path, why="it would be open for writing and a second time",
+                code="disk-in-use", hint="one writer, or any number of readers",
+            )  # fmt: skip
+
+
+def _times(steps: list[AnyStep], disk: MountDisk) -> int:
+    return sum(isinstance(s, MountDisk) and (s.device, s.inode) == (disk.device, disk.inode) for s in steps)

@@ -1,0 +1,130 @@
+"""Scratch disks: empty ext4 filesystems for a container's own writes.
+
+Formatting takes time and is the same each time, so each size is formatted once, sparse, and copied.  A
+copy is a file without a name (``O_TMPFILE``): when nobody has it open any more it is gone, whatever crashed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from pathlib import Path
+
+from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
+from holdfast.linux import syscalls
+
+MIN_BYTES = 16 << 20
+MAX_BYTES = 16 << 40
+DEFAULT_BYTES = 10 << 30
+_MKE2FS = "/sbin/mke2fs"
+#: No journal: the disk does not outlive its container, so there is nothing to recover.  Inode tables are
+#: written when they are used first, which keeps the file, and with it every copy, small.
+_OPTIONS = (
+    "-q",
+    "-F",
+    "-t",
+    "ext4",
+    "-O",
+    "^has_journal",
+    "-E",
+    "lazy_itable_init=1,nodiscard,root_owner=0:0",
+    "-m",
+    "0",
+)
+
+
+def prepare(data: Path, size_bytes: int) -> Path:
+    """The formatted file to copy for scratch disks of a size; made if it is not there.
+
+    Raises:
+        InvalidInput: the size is out of range.
+        NotFound: mke2fs is not installed.
+    """
+    size_bytes = -(-size_bytes // 4096) * 4096
+    if not MIN_BYTES <= size_bytes <= MAX_BYTES:
+        raise InvalidInput(
+            "make scratch disk", subject=f"{size_bytes} bytes", why="it must be 16M to 16T", code="scratch-size"
+        )
+    folder = data / "scratch"
+    path = folder / f"{size_bytes}.ext4"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = _unnamed(folder)
+    try:
+        os.ftruncate(fd, size_bytes)
+        done = subprocess.run(
+            [_MKE2FS, *_OPTIONS, f"/proc/self/fd/{fd}"], pass_fds=[fd], capture_output=True, text=True, timeout=120
+        )  # fmt: skip
+        if done.returncode:
+            raise HoldfastError("format scratch disk", subject=path, why=done.stderr.strip(), code="scratch-failed")
+        try:
+            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
+        except FileExistsError:  # somebody else was faster, with the same bytes in it
+            pass
+    except FileNotFoundError:
+        raise NotFound("find mke2fs", subject=_MKE2FS, hint="apt install e2fsprogs", code="tool-not-found") from None
+    finally:
+        os.close(fd)
+    return path
+
+
+def copy(prepared: Path) -> int:
+    """A new scratch disk: an open file without a name, which the caller owns.
+
+    Raises:
+        Exhausted: the host's disk is full.
+    """
+    source = os.open(prepared, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = _unnamed(prepared.parent)
+        try:
+            _copy_data(source, target)
+        except OSError as error:
+            os.close(target)
+            if error.errno == errno.ENOSPC:
+                raise _full(prepared.parent) from None
+            raise
+        except BaseException:
+            os.close(target)
+            raise
+        return target
+    finally:
+        os.close(source)
+
+
+def _copy_data(source: int, target: int) -> None:
+    try:
+        fcntl.ioctl(target, syscalls.FICLONE, source)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY):
+            raise
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    start = 0
+    while True:
+        try:
+            start = os.lseek(source, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after this: lseek(2)
+                return
+            raise
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        while start < end:
+            start += os.copy_file_range(source, target, end - start, start, start)
+
+
+def _unnamed(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _full(folder) from None
+        raise HoldfastError("make scratch disk", subject=folder, why=error, code="scratch-failed") from None
+
+
+def _full(folder: Path) -> Exhausted:
+    return Exhausted("make scratch disk", subject=folder, why="the host's disk is full", code="disk-full")

@@ -1,0 +1,145 @@
+"""The steps of a plan, as data: each can be printed, compared and sent, and does nothing by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Step(msgspec.Struct, frozen=True, tag_field="step", omit_defaults=True):
+    """One step.  ``id`` names what it yields: a path in the guest, known when it has been done."""
+
+    id: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        raise NotImplementedError
+
+
+class MountLayer(Step, frozen=True, tag="layer"):
+    """Attach an image layer's disk, read-only, and mount it."""
+
+    path: str
+    diff_id: str = ""
+
+    def describe(self) -> str:
+        return f"attach layer {self.diff_id.removeprefix('sha256:')[:12] or self.path} read-only and mount it"
+
+
+class MakeScratch(Step, frozen=True, tag="scratch"):
+    """Make a new, empty ext4 disk and mount it for the container's own writes."""
+
+    size_bytes: int
+
+    def describe(self) -> str:
+        return f"make a scratch disk of {self.size_bytes >> 20} MiB and mount it"
+
+
+class CombineLayers(Step, frozen=True, tag="overlay"):
+    """Overlay the layers, top-most first, under the scratch disk, if there is one."""
+
+    layers: tuple[str, ...]
+    scratch: str = ""
+    root_mode: int = 0o755
+    root_uid: int = 0
+    root_gid: int = 0
+
+    def describe(self) -> str:
+        top = "writable" if self.scratch else "read-only"
+        return f"combine {len(self.layers)} layers into a {top} root filesystem"
+
+
+class MountDisk(Step, frozen=True, tag="disk"):
+    """Attach a disk that the user brought, and mount what is on it."""
+
+    path: str
+    device: int
+    inode: int
+    read_only: bool
+    disk_format: str
+    block_device: bool = False
+    filesystem: str = ""
+    options: tuple[str, ...] = ()
+    partition: int = 0
+
+    def describe(self) -> str:
+        mode = "read-only" if self.read_only else "writable"
+        what = "block device" if self.block_device else f"{self.disk_format} disk"
+        return f"attach {what} {self.path} {mode} and mount its {self.filesystem or 'filesystem'}"
+
+
+class ShareDirectory(Step, frozen=True, tag="share"):
+    """Show a host directory, or one file alone, in the guest."""
+
+    path: str
+    device: int
+    inode: int
+    read_only: bool
+    file: bool = False
+    recursive: bool = True
+
+    def describe(self) -> str:
+        what = "file" if self.file else "directory"
+        return f"share {what} {self.path} {'read-only' if self.read_only else 'writable'}"
+
+
+class RunContainer(Step, frozen=True, tag="run"):
+    """Start the container from the rewritten specification."""
+
+    args: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "run " + " ".join(self.args)
+
+
+AnyStep = MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | RunContainer
+
+
+class Rewrite(msgspec.Struct, frozen=True):
+    """One mount of the specification whose source becomes a path in the guest.
+
+    Attributes:
+        index: position in the specification's ``mounts``.
+        step: id of the step that yields the path.
+        options: the mount's options in the guest.
+    """
+
+    index: int
+    step: str
+    options: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What running a container takes, in order.
+
+    Attributes:
+        container: its name.
+        spec: the caller's specification, not yet rewritten.
+        root: id of the step that yields the root filesystem.
+        rewrites: mounts that become paths in the guest; the others are the runtime's own.
+    """
+
+    container: str
+    steps: tuple[AnyStep, ...]
+    spec: dict[str, Any]
+    root: str
+    rewrites: tuple[Rewrite, ...]
+
+    def describe(self) -> list[str]:
+        """One line for each step."""
+        return [step.describe() for step in self.steps]
+
+    def rewritten(self, paths: dict[str, str]) -> dict[str, Any]:
+        """The specification for the guest, in a copy, from the path that each step has yielded."""
+        spec: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self.spec))
+        spec["root"] = {**spec.get("root", {}), "path": paths[self.root]}
+        for rewrite in self.rewrites:
+            mount = spec["mounts"][rewrite.index]
+            mount["type"] = "bind"
+            mount["source"] = paths[rewrite.step]
+            mount["options"] = list(rewrite.options)
+        spec.pop("windows", None)
+        spec.pop("hooks", None)  # hooks are the host's programs; the guest has none of them
+        spec.setdefault("linux", {})["cgroupsPath"] = f"/{self.container}"
+        return spec

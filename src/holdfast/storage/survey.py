@@ -1,0 +1,108 @@
+"""Looks at the sources that a specification names, so that planning itself can be pure.
+
+What is seen here is checked again when the file is opened: identity (device and inode) must be the same,
+so that a path swapped in between is not followed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from holdfast.mounts.probe import probe_filesystem
+
+if TYPE_CHECKING:
+    from holdfast.spec.runtime import Mount
+
+_KINDS = {
+    stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFBLK: "block device", stat.S_IFCHR: "character device",
+    stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
+}  # fmt: skip
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What stands behind a path on the host.
+
+    Attributes:
+        kind: ``directory``, ``file``, ``block device``, ``character device``, ``FIFO``, ``socket``, ``missing``,
+            ``dangling link``, or ``unreadable``.
+        why: for the last three: the kernel's text.
+        disk_format: of a file used as a disk: ``raw`` or ``qcow2``; ``qcow2 with another file`` is one that
+            refers to a further file, which Holdfast does not open.
+        filesystem: on a raw disk; empty when none is recognised or the format hides it.
+        mounted: a block device that the host itself has mounted.
+    """
+
+    path: str
+    kind: str
+    why: str = ""
+    device: int = 0
+    inode: int = 0
+    size_bytes: int = 0
+    disk_format: str = "raw"
+    filesystem: str = ""
+    mounted: bool = False
+
+
+def survey(mounts: tuple[Mount, ...], disk_types: tuple[str, ...]) -> dict[str, Source]:
+    """Everything that ``mounts`` bind or plug in, by the path as written."""
+    return {
+        mount.source: look(mount.source, as_disk=mount.kind in disk_types)
+        for mount in mounts
+        if mount.source.startswith("/") and (mount.kind in disk_types or mount.kind == "bind")
+    }
+
+
+def look(path: str, *, as_disk: bool = False) -> Source:
+    """What stands behind ``path``; never raises for what it finds."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        dangling = os.path.islink(path)
+        return Source(path, "dangling link" if dangling else "missing", why=error.strerror or "")
+    except OSError as error:
+        return Source(path, "unreadable", why=error.strerror or "")
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "unreadable")
+    found = Source(path, kind, device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size)
+    if as_disk and kind in ("file", "block device"):
+        return _look_inside(found, status)
+    return found
+
+
+def _look_inside(source: Source, status: os.stat_result) -> Source:
+    try:
+        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        disk_format = _format(os.pread(fd, 112, 0))
+        filesystem = probe_filesystem(fd) if disk_format == "raw" else ""
+    except OSError as error:
+        return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
+    finally:
+        os.close(fd)
+    mounted = stat.S_ISBLK(status.st_mode) and _host_mounts(status.st_rdev)
+    return msgspec.structs.replace(
+        source, size_bytes=size, disk_format=disk_format, filesystem=filesystem, mounted=mounted
+    )
+
+
+def _format(head: bytes) -> str:
+    """qcow2 by its header (QEMU docs/interop/qcow2.txt); anything else is raw."""
+    if len(head) < 80 or head[:4] != _QCOW2_MAGIC:
+        return "raw"
+    version, backing_offset = struct.unpack_from(">IQ", head, 4)
+    (incompatible,) = struct.unpack_from(">Q", head, 72) if version >= 3 else (0,)
+    return "qcow2 with another file" if backing_offset or incompatible & 4 else "qcow2"
+
+
+def _host_mounts(rdev: int) -> bool:
+    number = f"{os.major(rdev)}:{os.minor(rdev)}"
+    with open("/proc/self/mountinfo") as file:
+        return any(line.split(" ", 3)[2] == number for line in file)
