@@ -7,10 +7,12 @@ import hashlib
 import io
 import json
 import tarfile
-from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from holdfast.image.layout import host_architecture
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KINDS = {
     "file": tarfile.REGTYPE,

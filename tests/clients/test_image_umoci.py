@@ -10,16 +10,18 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import pytest
 
 from holdfast.errors import Exhausted
-from holdfast.image.records import Image
 from holdfast.image.store import ImageStore
 from tests.image_archives import Layout, entry, files_under, saved, tar
+
+if TYPE_CHECKING:
+    from holdfast.image.records import Image
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("umoci") or not shutil.which("skopeo"), reason="needs umoci and skopeo"),

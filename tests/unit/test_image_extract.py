@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import tarfile
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +17,11 @@ from holdfast.image.extract import Extraction
 from holdfast.image.layout import PlannedLayer
 from holdfast.image.tarstream import TarStream
 from tests.image_archives import entry, sha256, tar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    import tarfile
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and device nodes need root")
 

@@ -153,7 +153,9 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 def _run(argv: list[str], what: str, subject: Path, stdin: bytes = b"") -> bytes:
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, check=True, timeout=_TIMEOUT_S, env={"LC_ALL": "C"})
+        done = subprocess.run(
+            argv, input=stdin, capture_output=True, check=True, timeout=_TIMEOUT_S, env={"LC_ALL": "C"}
+        )
     except OSError as error:
         raise NotFound(what, subject=subject, why=error) from error
     except subprocess.CalledProcessError as error:

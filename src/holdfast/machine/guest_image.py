@@ -17,6 +17,7 @@ and inodes: a start of a pod must not read 60 MB to find out that nothing change
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,12 +26,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
 
 import holdfast
-from holdfast.errors import NotFound, Unsupported
+from holdfast.errors import Exhausted, HoldfastError, NotFound, TimedOut, Unsupported
 from holdfast.machine import closure, guest_root, vmlinux
 from holdfast.machine import kernel as kernels
 from holdfast.machine.cpio import Archive
@@ -49,6 +51,8 @@ PACKAGE = Path(holdfast.__file__).parent
 _BUILDER = ("closure", "cpio", "guest_image", "guest_root", "kernel", "vmlinux")
 _MKFS_OPTIONS = ("-T0", "-U00000000-0000-0000-0000-000000000000", "-x-1", "--all-root")
 _MKFS_TIMEOUT_S = 120
+_LOCK_TIMEOUT_S = 180
+_LOCK_POLL_S = 0.05
 _OLDEST_PYTHON = 11
 
 
@@ -141,12 +145,17 @@ def build(
     host = host or Host()
     report = progress or _silent
     guests = data / "guests"
-    guests.mkdir(parents=True, exist_ok=True)
-    with _locked(guests / ".lock"):
-        for leftover in guests.glob(".build-*"):
-            shutil.rmtree(leftover)
-        found = None if force else find(data, kernel=kernel, agent=agent, host=host)
-        return found or _build(guests, kernel, agent, host, report, force)
+    try:
+        guests.mkdir(parents=True, exist_ok=True)
+        with _locked(guests / ".lock", report):
+            for leftover in guests.glob(".build-*"):
+                shutil.rmtree(leftover)
+            found = None if force else find(data, kernel=kernel, agent=agent, host=host)
+            return found or _build(guests, kernel, agent, host, report, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Exhausted("build guest", subject=guests, why=error, hint="a guest takes 80 MB") from error
+        raise HoldfastError("build guest", subject=error.filename or guests, why=error) from error
 
 
 def prune(data: Path, keep: Collection[str]) -> list[str]:
@@ -155,7 +164,7 @@ def prune(data: Path, keep: Collection[str]) -> list[str]:
     removed = []
     if not guests.is_dir():
         return []
-    with _locked(guests / ".lock"):
+    with _locked(guests / ".lock", _silent):
         for folder in sorted(guests.glob("[0-9a-f]*")):
             if folder.name not in keep:
                 # Renamed first: half a guest must not bear a name that says it is complete.
@@ -212,9 +221,12 @@ def _build(guests: Path, kernel: Path | None, agent: Path, host: Host, report: P
         report("guest: making the root disk")
         _make_erofs(folder / "root", folder / "image/root.erofs")
         _record(folder / "image", guest)
+        for path in sorted((folder / "image").iterdir()):
+            _sync(path)  # a name must not outlive, in a power failure, what it names
         if target.is_dir():
             target.rename(folder / "replaced")
         (folder / "image").rename(target)
+        _sync(guests)
     report(f"guest: {id} is ready")
     return guest
 
@@ -256,7 +268,7 @@ def _survey(kernel: Path | None, agent: Path, host: Host) -> Survey:
         seen = [kernel, host.modules / kernels.release_of(kernel) / "modules.dep"]
     else:
         seen = kernels.candidates(host.boot, host.modules)
-        seen += [host.modules / path.name.removeprefix("vmlinuz-") / "modules.dep" for path in seen]
+        seen += [host.modules / kernels.release_by_name(path) / "modules.dep" for path in seen]
     known = {}
     for path in seen:
         with contextlib.suppress(FileNotFoundError):
@@ -287,14 +299,40 @@ def _record(folder: Path, guest: GuestImage) -> None:
     new.rename(folder / "guest.json")
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, report: Progress) -> Iterator[None]:
+    """Hold the builders' lock.
+
+    Raises:
+        TimedOut: somebody held it longer than any build takes.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    try:
+        while not _try_lock(fd):
+            if time.monotonic() > deadline:
+                raise TimedOut("build guest", subject=path, why=f"another builder held it for {_LOCK_TIMEOUT_S} s")
+            report("guest: waiting for another builder")
+            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _minor_version(path: Path) -> int:

@@ -145,8 +145,8 @@ def root_tree(interpreter: Path, package: Path, modules: kernel.ModuleTree) -> T
         tree.file(path, text.encode())
     programs = {f"/usr/bin/{interpreter.name}": interpreter, "/usr/bin/busybox": find_program("busybox")}
     programs |= {guest_program(name): find_program(name) for name in PROGRAMS}
-    for path, program in programs.items():
-        tree.file(path, tree.read(program), 0o755)
+    for place, program in programs.items():
+        tree.file(place, tree.read(program), 0o755)
     extensions = _add_python(tree, interpreter, package)
     _add_libraries(tree, interpreter, [*programs.values(), *extensions])
     _add_modules(tree, modules)
@@ -232,11 +232,18 @@ def _add_libraries(tree: Tree, interpreter: Path, programs: Iterable[Path]) -> N
             needed.update(closure.libraries(program, loader))
     if loader:
         needed.add(Path(loader))
+    default = next((library.parent for library in needed if library.name.startswith("libc.so.")), Path("/lib"))
     for library in sorted(needed):
-        path = str(library)
-        if path.startswith(("/lib/", "/lib64/")):
-            path = f"/usr{path}"  # /lib is a link into /usr in the guest
+        path = _in_usr(str(library))
         tree.file(path, tree.read(library), 0o755)
+        if not path.startswith("/usr/lib"):
+            # Found through the host's ld.so.cache, which the guest has not got: the loader's own folder is searched.
+            tree.link(f"{_in_usr(str(default))}/{library.name}", path)
+
+
+def _in_usr(path: str) -> str:
+    """``path`` without the link from ``/lib`` into ``/usr`` in it."""
+    return f"/usr{path}" if path.startswith(("/lib/", "/lib64/")) or path in ("/lib", "/lib64") else path
 
 
 def _add_modules(tree: Tree, modules: kernel.ModuleTree) -> None:
@@ -259,4 +266,3 @@ def _add_modules(tree: Tree, modules: kernel.ModuleTree) -> None:
     for path, names in lists.items():
         lines = (" ".join((f"{home}/{name}.ko", *_MODULE_OPTIONS.get(name, ()))) for name in names)
         tree.file(path, "".join(f"{line}\n" for line in lines).encode())
-

@@ -8,8 +8,6 @@ before anything is built.
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import re
 import struct
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from holdfast.errors import Corrupt, NotFound, Unsupported
+from holdfast.errors import NotFound, Unsupported
+from holdfast.machine.vmlinux import decompress
 
 BOOT = Path("/boot")
 MODULES = Path("/lib/modules")
@@ -57,7 +56,7 @@ ON_DEMAND = ("xfs", "squashfs", "isofs", "fuse", "loop", "dm_mod", "dm_verity", 
 # resolve the name to every driver of it.  The guest has no modprobe, so the one to load is said here.
 _ALGORITHMS = {"crc32c": "crc32c_generic", "crct10dif": "crct10dif_generic"}
 # Found out by loading them: the kernel requests these at run time, which no dependency file tells.
-_REQUESTED = {"dm_crypt": ("xts", "aesni_intel"), "virtio_pmem": ("nd_pmem",)}
+_REQUESTED = {"dm_crypt": ("xts", "essiv"), "virtio_pmem": ("nd_pmem",)}
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -125,19 +124,14 @@ class ModuleTree:
         """The module, decompressed: the guest loads it from a disk that is compressed once, or not at all."""
         path = self.file(name)
         data = path.read_bytes()
-        try:
-            if path.suffix == ".xz":
-                data = lzma.decompress(data)
-            elif path.suffix == ".gz":
-                data = gzip.decompress(data)
-        except (lzma.LZMAError, OSError, EOFError) as error:
-            raise Corrupt("read kernel module", subject=path, why=error) from error
-        if path.suffix == ".zst" or not data.startswith(b"\x7fELF"):
+        if path.suffix != ".ko":
+            data = decompress(data)
+        if not data.startswith(b"\x7fELF"):
             raise Unsupported(
                 "read kernel module",
                 subject=path,
-                why="it is compressed in a way that is not handled" if path.suffix != ".ko" else "it is not an ELF file",
-                hint="use a kernel whose modules are plain, .xz or .gz files",
+                why="it is not an ELF file, nor one compressed in a way that can be undone here",
+                hint="apt install zstd" if path.suffix == ".zst" else f"reinstall the modules of {self.folder.name}",
                 code="kernel-module-format",
             )
         return _unsigned(data)
@@ -196,11 +190,14 @@ def release_of(path: Path) -> str:
         words = head[start:].split(b"\0", 1)[0].split()
         if words:
             return words[0].decode("ascii", "replace")
-    if path.name.startswith("vmlinuz-"):
-        return path.name.removeprefix("vmlinuz-")
-    if path.name == "vmlinuz":
-        return path.parent.name
+    if path.name.startswith("vmlinuz"):
+        return release_by_name(path)
     raise Unsupported("read guest kernel", subject=path, why="neither its header nor its name tells its release")
+
+
+def release_by_name(path: Path) -> str:
+    """The release in ``/boot/vmlinuz-RELEASE`` or ``/lib/modules/RELEASE/vmlinuz``."""
+    return path.parent.name if path.name == "vmlinuz" else path.name.removeprefix("vmlinuz-")
 
 
 def _check(path: Path, boot: Path, modules: Path) -> tuple[Kernel, ModuleTree]:
@@ -269,7 +266,6 @@ def _soft_dependencies(path: Path) -> dict[str, list[str]]:
 
 
 def _age(path: Path) -> tuple[list[tuple[int, str]], str]:
-    release = path.parent.name if path.name == "vmlinuz" else path.name.removeprefix("vmlinuz-")
-    parts = re.findall(r"\d+|[^\d.-]+", release)
+    parts = re.findall(r"\d+|[^\d.-]+", release_by_name(path))
     # Numbers compare as numbers, and above words: 6.1.0-56 is newer than 6.1.0-rc9.
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts], str(path)

@@ -19,6 +19,7 @@ class Child:
 
     Attributes:
         pid: its number in this PID namespace.
+        host_pid: its number as /proc has it, which is the host's when the namespace has mounted none of its own.
         exited: done, with its exit status (negative: the signal), when it has ended and been reaped.
     """
 
@@ -49,6 +50,7 @@ class Child:
             for fd in (null, *moved):
                 os.close(fd)
         self._pidfd = os.pidfd_open(self.pid)
+        self.host_pid = _pid_in_proc(self._pidfd)
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._reap)
@@ -65,3 +67,12 @@ class Child:
         if self._pidfd >= 0:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await asyncio.shield(self.exited)
+
+
+def _pid_in_proc(pidfd: int) -> int:
+    """The process's number in the PID namespace that /proc shows (pidfd_open(2): the ``Pid`` line)."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        for line in file:
+            if line.startswith("Pid:"):
+                return int(line.split()[1])
+    return 0

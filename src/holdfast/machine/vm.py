@@ -47,8 +47,8 @@ class VirtualMachine:
 
     @property
     def pid(self) -> int:
-        """QEMU's process id."""
-        return self._child.pid
+        """QEMU's process id, as the host sees it."""
+        return self._child.host_pid
 
     async def request(self, method: str, params: dict[str, Any], seconds: float) -> Any:
         """Asks the agent.  See :meth:`Connection.request`."""

@@ -46,6 +46,7 @@ class Containers:
 
     def __init__(self, pod: str, folder: Path, machine: VirtualMachine, engine: Engine) -> None:
         self._pod = pod
+        self._ephemeral = False
         self._folder = folder
         self._machine = machine
         self._engine = engine
@@ -205,11 +206,13 @@ class Containers:
         why = self._machine.describe_death().why if code < 0 else ""
         state = "failed" if code < 0 else "exited"
         self._infos[name] = msgspec.structs.replace(self._infos[name], state=state, code=code, why=why)
-        if client is not None:
-            client.event("exit", {"key": name, "code": code, "why": why})
-        if not self._machine.closing:
+        # Who waits for the end of a container in a pod that goes on finds its storage let go of; a pod that
+        # ends with its container lets go of everything at once, and need not be waited for.
+        if not self._ephemeral and not self._machine.closing:
             with contextlib.suppress(HoldfastError):  # what stays is recorded, and tried again when the pod ends
                 await self._engine.release(name)
+        if client is not None:
+            client.event("exit", {"key": name, "code": code, "why": why})
 
     async def _end_exec(self, key: str) -> None:
         client = self._processes[key].client

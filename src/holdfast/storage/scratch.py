@@ -61,7 +61,7 @@ def prepare(data: Path, size_bytes: int) -> Path:
         if done.returncode:
             raise HoldfastError("format scratch disk", subject=path, why=done.stderr.strip(), code="scratch-failed")
         try:
-            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
+            _give_name(fd, path)
         except FileExistsError:  # somebody else was faster, with the same bytes in it
             pass
     except FileNotFoundError:
@@ -124,6 +124,15 @@ def _unnamed(folder: Path) -> int:
         if error.errno == errno.ENOSPC:
             raise _full(folder) from None
         raise HoldfastError("make scratch disk", subject=folder, why=error, code="scratch-failed") from None
+
+
+def _give_name(fd: int, path: Path) -> None:
+    """Links an unnamed file into a folder (open(2), O_TMPFILE); a folder's descriptor makes Python call linkat(2)."""
+    folder_fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{fd}", path.name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd, follow_symlinks=True)
+    finally:
+        os.close(folder_fd)
 
 
 def _full(folder: Path) -> Exhausted:
