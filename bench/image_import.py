@@ -1,10 +1,10 @@
 """How long an import takes, next to `umoci unpack` of the same image: one JSON object a line.
 
-    .venv/bin/python bench/image_import.py [--runs N] [--layers N]
+    .venv/bin/python bench/image_import.py [--runs N] [--layers N ...]
 
 The image is made by umoci from copies of the host's Python library and git's programs, spread over the layers.  The two
-tools take turns, so that what else the machine does hits both; an import ends with every disk on stable storage, umoci's
-unpacking does not.
+tools take turns, so that what else the machine does hits both.  An import ends with every disk on stable storage;
+umoci's unpacking does not.
 """
 
 from __future__ import annotations

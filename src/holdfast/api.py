@@ -92,8 +92,8 @@ def container_request(
     if bundle is not None:
         loaded = Bundle.load(bundle)
         made = customise(
-            loaded.raw, args=args or None, env=env, cwd=cwd, user=user, hostname=hostname, terminal=terminal,
-            annotations=annotations, read_only=read_only or None,
+            loaded.raw, args=args, env=env, cwd=cwd, user=user, hostname=hostname, terminal=bool(terminal),
+            annotations=annotations, read_only=read_only,
         )  # fmt: skip
         root = _bundle_root(loaded, made, scratch_bytes)
     else:

@@ -46,7 +46,7 @@ for number, disk in enumerate(disks):
 os.makedirs(f"{work}/empty")
 os.makedirs(f"{work}/merged")
 os.chdir(work)
-syscalls.mount("overlay", "merged", "overlay", syscalls.MS_RDONLY, "lowerdir=" + ":".join(["empty", *lower][:len(lower) + 1]))
+syscalls.mount("overlay", "merged", "overlay", syscalls.MS_RDONLY, "lowerdir=" + ":".join(["empty", *lower]))
 from tests.clients.test_image_umoci import tree_of
 os.chdir("/")
 print(json.dumps(tree_of(f"{work}/merged")))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -17,11 +19,10 @@ from holdfast.image.extract import Extraction
 from holdfast.image.layout import PlannedLayer
 from holdfast.image.tarstream import TarStream
 from tests.image_archives import entry, sha256, tar
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
     import tarfile
+    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and device nodes need root")
 
@@ -425,6 +426,6 @@ def test_payload_in_any_chunks(tmp_path: Path) -> None:
         folder.mkdir()
         source = io.BytesIO(data)
         with Extraction(str(folder), "test") as extraction:
-            extraction.write(TarStream(iter(lambda: source.read(size), b""), "test"))
+            extraction.write(TarStream(iter(partial(source.read, size), b""), "test"))
         out.append([(folder / name).read_bytes() for name in "abc"])
     assert all(item == out[0] for item in out)

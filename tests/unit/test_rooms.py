@@ -33,7 +33,8 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What the agent is made of: it runs where nothing but the standard library is installed, ...
 IN_THE_GUEST = ("errors", "linux", "mounts", "wire", "guest")
 # ... and starts with every pod, so it does without the modules that take long to import.
-NOT_IN_THE_AGENT = ("asyncio", "contextlib", "dataclasses", "enum", "re", "typing")
+# (json, which it cannot do without, needs re and enum.)
+NOT_IN_THE_AGENT = ("asyncio", "contextlib", "dataclasses", "inspect", "pathlib", "subprocess", "typing")
 
 
 def imports(file: Path) -> Iterator[tuple[int, str]]:

@@ -87,7 +87,7 @@ class Agent:
                     self._dispatch(incoming)
             except ProtocolError as error:
                 # The host is not expected to break the protocol: say so on the console and go on with what follows.
-                print(f"agent: {error}", file=sys.stderr, flush=True)
+                _say(error)
         self._flush()
 
     def _dispatch(self, incoming: Incoming) -> None:
@@ -188,6 +188,11 @@ class Agent:
         return {}
 
 
+def _say(text: object) -> None:
+    """Writes a line to the console."""
+    os.write(2, f"agent: {text}\n".encode("utf-8", "replace"))
+
+
 def _mounts(_params: dict[str, Any]) -> dict[str, Any]:
     with open("/proc/self/mountinfo") as file:
         return {"mountinfo": file.read(1 << 20)}
@@ -211,7 +216,7 @@ def main() -> None:
         gc.freeze()  # what exists now is shared by every clone: keep the collector from writing to it
         agent.run()
     except BaseException as error:
-        print(f"agent: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _say(f"{type(error).__name__}: {error}")
         raise
     finally:
         if os.getpid() == 1:

@@ -17,7 +17,7 @@ done </stage1
 # The driver finds the disk while it is being loaded; waiting is for a host that is slow beyond reason.
 tries=0
 until [ -b /dev/vda ]; do
-	[ $tries -lt 500 ] || fail "the root disk /dev/vda did not appear within 10 s"
+	[ $tries -lt 250 ] || fail "the root disk /dev/vda did not appear within 5 s"
 	tries=$((tries + 1))
 	usleep 20000
 done

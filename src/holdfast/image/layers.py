@@ -5,7 +5,7 @@
     layers/<diff id>.erofs                    a disk; depends on the archive alone
     layers/<diff id>.on-<chain id>.erofs      one that was completed from the layers below it
     layers/<diff id>.opaque.erofs             one that hides all layers below: its archive says so of the root directory
-    layers/.making-<diff id>/{tree,disk}      being made
+    layers/.making-<diff id>/                 being made
 
 The folder of a disk in the making is the lock as well: whoever holds its flock(2) makes the disk, others wait and find
 it made.  The lock dies with its process, so a folder that can be locked is left over, and the next import removes it.
@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import struct
 import uuid
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 _MAKING = ".making-"
 _SUFFIX = ".erofs"
+# linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL.
+_GETFLAGS, _SETFLAGS, _TOPDIR = 0x80086601, 0x40086602, 0x00020000
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -107,7 +110,8 @@ class LayerStore:
 
     def _make(self, layers: list[PlannedLayer], chain_id: str, work: Path, watcher: Watcher) -> Layer:
         *below, layer = layers
-        tree, disk = work / "tree", work / "disk"
+        # A name of its own each time: see _spread.
+        tree, disk = work / f"tree-{uuid.uuid4().hex}", work / "disk"
         tree.mkdir(mode=0o755)
         with Extraction(str(tree), layer.diff_id) as extraction:
             with reading(layer, watcher.check) as stream:
@@ -145,6 +149,7 @@ class LayerStore:
         try:
             # A crashed import of the same layer may have left something in it.
             _clear(fd)
+            _spread(fd)
             yield path
         finally:
             try:
@@ -209,6 +214,21 @@ def sync_folder(folder: Path) -> None:
 def _name(diff_id: str, chain_id: str, *, opaque: bool) -> str:
     name = digest_hex(diff_id) + (".opaque" if opaque else "")
     return name + (f".on-{digest_hex(chain_id)}" if chain_id else "") + _SUFFIX
+
+
+def _spread(fd: int) -> None:
+    """Asks ext4 to put each folder made in this one into a block group of its own (chattr(1), +T).
+
+    A tree is made, read and deleted again, and ext4 takes care not to use an inode again within minutes of its
+    deletion (``recently_deleted`` in fs/ext4/ialloc.c): in the same group, the next layer's files would each be searched
+    for past those of the last.  Measured: 9 s instead of 1 s for 10,000 files.
+    """
+    try:
+        flags = fcntl.ioctl(fd, _GETFLAGS, bytes(8))
+        fcntl.ioctl(fd, _SETFLAGS, struct.pack("<Q", struct.unpack("<Q", flags)[0] | _TOPDIR))
+    except OSError:
+        # Another file system; it has no such habit.
+        return
 
 
 def _clear(fd: int) -> None:

@@ -110,7 +110,7 @@ _NR = {
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = ctypes.CFUNCTYPE(
     ctypes.c_long, ctypes.c_long, *([ctypes.c_void_p] * 6), use_errno=True
-)(ctypes.cast(_libc.syscall, ctypes.c_void_p).value)  # fmt: skip
+)(ctypes.cast(_libc.syscall, ctypes.c_void_p).value or 0)  # fmt: skip
 
 
 class _OpenHow(ctypes.Structure):

@@ -11,7 +11,6 @@ import fcntl
 import os
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,6 +21,7 @@ from holdfast.machine.config import QEMU, MachineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from holdfast.machine.guest_image import GuestImage
 

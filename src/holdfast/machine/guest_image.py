@@ -211,7 +211,7 @@ def _build(guests: Path, kernel: Path | None, agent: Path, host: Host, report: P
         inputs=dict(sorted({**root.inputs, **initrd_inputs, **image.inputs}.items())),
         survey=survey,
     )
-    if target.is_dir() and not force:
+    if _is_complete(guest) and not force:
         _record(target, guest)  # the same contents in files with newer times
         return guest
     with tempfile.TemporaryDirectory(prefix=".build-", dir=guests) as name:
@@ -289,8 +289,12 @@ def _load(path: Path) -> GuestImage | None:
         guest = msgspec.json.decode(path.read_bytes(), type=GuestImage)
     except (OSError, msgspec.DecodeError):
         return None
-    complete = all(os.path.exists(file) for file in (guest.kernel, guest.initrd, guest.root))
-    return guest if complete and guest.kernel == str(path.with_name("kernel")) else None
+    in_place = guest.kernel == str(path.with_name("kernel"))  # the data folder was not moved
+    return guest if in_place and _is_complete(guest) else None
+
+
+def _is_complete(guest: GuestImage) -> bool:
+    return all(os.path.exists(file) for file in (guest.kernel, guest.initrd, guest.root))
 
 
 def _record(folder: Path, guest: GuestImage) -> None:

@@ -215,11 +215,11 @@ def _add_python(tree: Tree, interpreter: Path, package: Path) -> list[Path]:
     for source in sorted({os.path.normpath(file) for file in python.files.values()}):
         data = tree.read(Path(source))
         # Where the interpreter looks: its library below /usr, whatever prefix it has on the host.
-        path = "/usr/" + os.path.relpath(source, python.prefix)
+        place = "/usr/" + os.path.relpath(source, python.prefix)
         if source.endswith(".py"):
-            tree.file(f"{path}c", python.code[source])
+            tree.file(f"{place}c", python.code[source])
         else:
-            tree.file(path, data)
+            tree.file(place, data)
             extensions.append(Path(source))
     return extensions
 

@@ -8,6 +8,7 @@ be known, so ids are deterministic and removing what is not there is success.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
@@ -151,8 +152,6 @@ class Qmp:
         self.fail(self._error or MachineFailed("use the machine", why="it was closed", code="machine-closed"))
         if self._connected:
             self._connected = False
-            try:
+            with contextlib.suppress(QMPError, OSError, EOFError):
                 await self._client.disconnect()
-            except (QMPError, OSError, EOFError):
-                pass
         self._socket.close()

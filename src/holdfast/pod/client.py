@@ -6,6 +6,7 @@ process in the pod until that ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -73,10 +74,8 @@ class Client:
 
     def shut_down(self) -> None:
         """Says that no more requests come; what the monitor still sends can be read."""
-        try:
+        with contextlib.suppress(OSError):  # the monitor may be gone already
             self._socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the monitor is gone already
-            pass
 
     def request(self, method: str, params: dict[str, Any], seconds: float = 120.0) -> Any:
         """Asks and waits for the answer.

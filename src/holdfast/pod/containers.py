@@ -186,12 +186,16 @@ class Containers:
         if not process.code.done() and not self._machine.died.done():  # the client is gone: so is its process
             with contextlib.suppress(HoldfastError):
                 await self._machine.request("kill", {"key": key, "signal": 9}, 5)
-            await asyncio.wait({process.code, self._machine.died}, return_when=asyncio.FIRST_COMPLETED)
+            await self._code_or_death(process)
         if process.code.done() and (process.client is None or process.client.error is None):
             await asyncio.wait(process.pumps) if process.pumps else None
         code = process.code.result() if process.code.done() else -1
         self._forget(process)
         return code
+
+    async def _code_or_death(self, process: Process) -> None:
+        waiters: set[asyncio.Future[Any]] = {process.code, self._machine.died}
+        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
 
     def _forget(self, process: Process) -> None:
         for pump in process.pumps:
@@ -257,7 +261,7 @@ class Containers:
             raise NotFound("wait for container", subject=name, code="container-not-found")
         process = self._processes.get(name)
         if process is not None:
-            await asyncio.wait({process.code, self._machine.died}, return_when=asyncio.FIRST_COMPLETED)
+            await self._code_or_death(process)
             return process.code.result() if process.code.done() else -1
         return self._infos[name].code
 
@@ -289,12 +293,9 @@ class _Log:
         self._written = 0
 
     async def take(self, stream: Stream) -> None:
-        with contextlib.suppress(HoldfastError, OSError):
-            with open(self._path, "ab", buffering=0) as file:
-                while data := await stream.read():
-                    if self._written > _LOG_BYTES:
-                        os.ftruncate(file.fileno(), 0)
-                        self._written = 0
-                    self._written += file.write(data)
-
-
+        with contextlib.suppress(HoldfastError, OSError), open(self._path, "ab", buffering=0) as file:
+            while data := await stream.read():
+                if self._written > _LOG_BYTES:
+                    os.ftruncate(file.fileno(), 0)
+                    self._written = 0
+                self._written += file.write(data)

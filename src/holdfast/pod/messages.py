@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES
-from holdfast.storage.plan import DirectoryRoot, LayeredRoot
+from holdfast.storage.plan import DirectoryRoot, LayeredRoot  # noqa: TC001  msgspec reads the types when it decodes
 
 
 class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -141,7 +141,9 @@ class Service:
 
     def _mount_export(self) -> None:
         self._export.mkdir(mode=0o700)
-        syscalls.mount("holdfast", str(self._export), "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m")
+        syscalls.mount(
+            "holdfast", str(self._export), "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m"
+        )
         syscalls.mount("none", str(self._export), "", syscalls.MS_PRIVATE)
 
     async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
@@ -153,7 +155,9 @@ class Service:
             )  # fmt: skip
         data = Path(config.data)
         version = accelerator.cached_qemu_version(data)
-        guest = guest_image.find(data) or await asyncio.to_thread(guest_image.ensure, data, progress=say)
+        guest = guest_image.find(data)
+        if guest is None:
+            guest = await asyncio.to_thread(guest_image.ensure, data, progress=say)
         verdict = await accelerator.choose(data, guest, version, say)
         machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version)
         self._machine_config = machine
@@ -162,7 +166,9 @@ class Service:
             ram = self._folder / "ram"
             with open(ram, "wb") as file:
                 file.truncate(config.memory_bytes)
-            return await vm.start(machine, ram_path=str(ram), ram_shared=True, export=str(self._export), console_log=console)
+            return await vm.start(
+                machine, ram_path=str(ram), ram_shared=True, export=str(self._export), console_log=console
+            )
         folder, _ = await template.ensure(data, machine, say)
         return await template.clone(folder, machine, export=str(self._export), console_log=console)
 
@@ -249,7 +255,8 @@ class Service:
             state, why = "failed", str(self._ready.exception())
         info = PodInfo(
             name=self._config.name, state=state, isolation=self._config.isolation,
-            accelerator=config.accelerator if config else "", pid=self._host_pid, qemu_pid=machine.pid if machine else 0,
+            accelerator=config.accelerator if config else "",
+            pid=self._host_pid, qemu_pid=machine.pid if machine else 0,
             memory_bytes=self._config.memory_bytes, cpus=self._config.cpus,
             started_from="boot" if self._config.cold else "template", created_ns=self._created_ns,
             containers=self._containers.infos() if machine is not None and self._ready.done() else (),
@@ -266,5 +273,3 @@ def _convert(params: dict[str, Any], kind: Any) -> Any:
         return msgspec.convert(params, kind)
     except msgspec.ValidationError as error:
         raise InvalidInput("read request", why=error, code="malformed-request") from None
-
-

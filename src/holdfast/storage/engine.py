@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Disks attached at once: QEMU takes commands one by one, but guests probe and mount side by side.
 _AT_ONCE = 8
+#: Disks and shares do not depend on each other; QEMU takes 50 ms to let go of a disk, whatever else it does.
+_GROUP = "disks and shares"
 
 
 class Held:
@@ -142,7 +144,7 @@ class Engine:
             case ShareDirectory():
                 key = ShareKey(step.device, step.inode, step.path, step.read_only, step.recursive)
                 share = await self.shares.add(key, held.holder, file=step.file)
-                held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder))
+                held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder), _GROUP)
                 held.paths[step.id] = share.guest_path
             case CombineLayers() | RunContainer():
                 raise AssertionError(step)
@@ -161,7 +163,7 @@ class Engine:
         mount = await self.disks.mount(
             disk, held.holder, options=options, partition=partition, filesystem=filesystem, opened=opened
         )
-        held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder))
+        held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder), _GROUP)
         held.paths[step_id] = mount.guest_path
 
     async def _combine(self, held: Held, step: CombineLayers) -> None:

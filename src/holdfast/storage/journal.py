@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import apsw
@@ -29,6 +28,7 @@ from holdfast.errors import HoldfastError, InUse, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pods (name TEXT PRIMARY KEY, pid INTEGER NOT NULL, isolation TEXT NOT NULL,
@@ -137,8 +137,9 @@ class Journal:
         Only for who holds the pod's lock, or has found it free.
         """
         with self._db:
-            for table, column in (("held", "pod"), ("leases", "pod"), ("pods", "name")):
-                self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+            self._db.execute("DELETE FROM held WHERE pod = ?", (name,))
+            self._db.execute("DELETE FROM leases WHERE pod = ?", (name,))
+            self._db.execute("DELETE FROM pods WHERE name = ?", (name,))
         folder = self.pods_folder / name
         if folder.is_dir():
             shutil.rmtree(folder)
@@ -195,7 +196,7 @@ class Journal:
             rows = self._db.execute("SELECT * FROM held ORDER BY id")
         else:
             rows = self._db.execute("SELECT * FROM held WHERE pod = ? ORDER BY id", (pod,))
-        return [HeldRow(*row[:5], json.loads(row[5])) for row in rows]
+        return [HeldRow(i, p, k, o, s, json.loads(d)) for i, p, k, o, s, d in rows]
 
     # -- leases -------------------------------------------------------------------------------
 

@@ -145,10 +145,7 @@ def mount_step(
         raise InvalidInput("plan mount", subject=subject, why="the source is not an absolute path", code="mount-source")
     _check_present(source, subject)
     step: MountDisk | ShareDirectory
-    if mount.kind == "bind":
-        step = _share(index, mount, source, subject)
-    else:
-        step = _disk(index, mount, source, subject)
+    step = _share(index, mount, source, subject) if mount.kind == "bind" else _disk(index, mount, source, subject)
     # The same thing twice is one step: it is attached once, and mounted where each mount wants it.
     for other in earlier:
         if isinstance(other, MountDisk | ShareDirectory) and msgspec.structs.replace(other, id=step.id) == step:
@@ -168,7 +165,7 @@ def _check_present(source: Source, subject: str) -> None:
 def _share(index: int, mount: Mount, source: Source, subject: str) -> ShareDirectory:
     if source.kind not in ("directory", "file"):
         raise Unsupported(
-            "plan mount", subject=subject, why=f"the source is a {source.kind}, which does not work across a machine's border",
+            "plan mount", subject=subject, why=f"a {source.kind} does not work across a machine's border",
             code="source-kind", hint="share the directory that it is in, and make it inside",
         )  # fmt: skip
     return ShareDirectory(
@@ -210,7 +207,7 @@ def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
     if source.disk_format == "raw" and source.filesystem in ("", "luks", "swap"):
         raise InvalidInput(
             "plan mount", subject=subject, code="no-filesystem",
-            why=f"it holds {source.filesystem}, which cannot be mounted" if source.filesystem else "no known filesystem on it",
+            why=f"it holds {source.filesystem}, not a filesystem" if source.filesystem else "no known filesystem on it",
             hint="make one with mkfs; Holdfast never formats a disk that it did not make",
         )  # fmt: skip
     read_only = mount.read_only or source.filesystem in ("erofs", "squashfs", "iso9660")
@@ -236,7 +233,7 @@ def _guest_options(mount: Mount) -> tuple[str, ...]:
 
 def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
     """One writer, and slots enough, before anything is touched."""
-    modes: dict[tuple[int, int], bool] = {key: writable for key, writable in pod.disks.items()}
+    modes: dict[tuple[int, int], bool] = dict(pod.disks.items())
     slots = sum(isinstance(step, MountLayer | MakeScratch | MountDisk) for step in steps)
     if slots > pod.free_slots:
         raise Exhausted(

@@ -6,14 +6,18 @@ copy is a file without a name (``O_TMPFILE``): when nobody has it open any more 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
 from holdfast.linux import syscalls
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIN_BYTES = 16 << 20
 MAX_BYTES = 16 << 40
@@ -60,10 +64,8 @@ def prepare(data: Path, size_bytes: int) -> Path:
         )  # fmt: skip
         if done.returncode:
             raise HoldfastError("format scratch disk", subject=path, why=done.stderr.strip(), code="scratch-failed")
-        try:
+        with contextlib.suppress(FileExistsError):  # somebody else was faster, with the same bytes in it
             _give_name(fd, path)
-        except FileExistsError:  # somebody else was faster, with the same bytes in it
-            pass
     except FileNotFoundError:
         raise NotFound("find mke2fs", subject=_MKE2FS, hint="apt install e2fsprogs", code="tool-not-found") from None
     finally:

@@ -7,7 +7,7 @@ cancelled, and one that fails does not stop the others.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from holdfast.errors import NotReleased, TimedOut
 
@@ -17,15 +17,26 @@ if TYPE_CHECKING:
 UNDO_SECONDS = 30.0
 
 
+class Action(NamedTuple):
+    """How to undo one thing; actions next to each other with the same ``group`` are independent."""
+
+    what: str
+    run: Callable[[], Awaitable[object] | None]
+    group: str
+
+
 class Undo:
     """What to undo if the rest fails, last first."""
 
     def __init__(self) -> None:
-        self._actions: list[tuple[str, Callable[[], Awaitable[object] | None]]] = []
+        self._actions: list[Action] = []
 
-    def push(self, what: str, action: Callable[[], Awaitable[object] | None]) -> None:
-        """Remembers how to undo what has just been done."""
-        self._actions.append((what, action))
+    def push(self, what: str, action: Callable[[], Awaitable[object] | None], group: str = "") -> None:
+        """Remembers how to undo what has just been done.
+
+        What was done side by side is undone side by side: neighbours with the same ``group``.
+        """
+        self._actions.append(Action(what, action, group))
 
     def forget(self) -> None:
         """Everything went well: nothing is to be undone."""
@@ -33,21 +44,16 @@ class Undo:
 
     async def unwind(self) -> list[Exception]:
         """Undoes everything, last first; what failed stays remembered and its errors are returned."""
-        failed: list[tuple[str, Callable[[], Awaitable[object] | None]]] = []
+        failed: list[Action] = []
         errors: list[Exception] = []
         while self._actions:
-            what, action = self._actions.pop()
-            try:
-                async with asyncio.timeout(UNDO_SECONDS):
-                    result = action()
-                    if result is not None:
-                        await result
-            except TimeoutError:
-                failed.insert(0, (what, action))
-                errors.append(TimedOut(what, why=f"not done within {UNDO_SECONDS:g} s"))
-            except Exception as error:
-                failed.insert(0, (what, action))
-                errors.append(error)
+            batch = [self._actions.pop()]
+            while batch[0].group and self._actions and self._actions[-1].group == batch[0].group:
+                batch.append(self._actions.pop())
+            for action, error in zip(batch, await asyncio.gather(*map(_undo, batch)), strict=True):
+                if error is not None:
+                    failed.insert(0, action)
+                    errors.append(error)
         self._actions = failed
         return errors
 
@@ -55,6 +61,19 @@ class Undo:
     def empty(self) -> bool:
         """Whether nothing is left to undo."""
         return not self._actions
+
+
+async def _undo(action: Action) -> Exception | None:
+    try:
+        async with asyncio.timeout(UNDO_SECONDS):
+            result = action.run()
+            if result is not None:
+                await result
+    except TimeoutError:
+        return TimedOut(action.what, why=f"not done within {UNDO_SECONDS:g} s")
+    except Exception as error:
+        return error
+    return None
 
 
 def not_released(what: str, subject: object, errors: list[Exception]) -> NotReleased:

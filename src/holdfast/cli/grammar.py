@@ -1,0 +1,235 @@
+"""The words of the command line, for argparse: which there are, and what ``--help`` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from holdfast import __version__
+from holdfast.cli.options import (
+    DEFAULT_DATA,
+    DEFAULT_ROOT,
+    AuditOptions,
+    DetachOptions,
+    DoctorOptions,
+    GcOptions,
+    GuestBuildOptions,
+    GuestInspectOptions,
+    ImageImportOptions,
+    ImageInspectOptions,
+    ImageListOptions,
+    ImagePullOptions,
+    ImageRemoveOptions,
+    PlanOptions,
+    PodInspectOptions,
+    PodRemoveOptions,
+    PsOptions,
+    StorageOptions,
+    TemplateInspectOptions,
+    TemplateListOptions,
+    TemplateRemoveOptions,
+    Words,
+    make_attach,
+    make_exec,
+    make_pod_create,
+    make_run,
+    usage_error,
+)
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Callable
+
+    from msgspec import Struct
+
+
+class Parser(argparse.ArgumentParser):
+    """One that has the options for everywhere, and raises its errors."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+        _add_everywhere(self)
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """What argparse finds wrong is an error like any other."""
+        raise usage_error(self.prog, message)
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the whole command line; ``make`` and ``prog`` of what it finds say how to go on."""
+    parser = Parser(prog="holdfast", description="OCI containers inside small virtual machines.")
+    parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
+    verbs = _Verbs(parser)
+    _add_run(verbs)
+    _add_pods(verbs)
+    _add_storage(verbs)
+    _add_stores(verbs)
+    verbs.add("audit", "what is held, and by whom; fails if anything is held by nobody", lambda _: AuditOptions())
+    verbs.add("gc", "let go of what is held by nobody", lambda _: GcOptions())
+    verbs.add("doctor", "what this host can do, what is missing, and how to get it", lambda _: DoctorOptions())
+    return parser
+
+
+class _Verbs:
+    """The commands of ``holdfast``, or of one of its groups."""
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def add(self, name: str, text: str, make: Callable[[Words], Struct], *, usage: str | None = None) -> ArgumentParser:
+        parser = self._parsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", usage=usage)
+        parser.set_defaults(make=make, prog=parser.prog)
+        return parser
+
+    def group(self, name: str, text: str) -> _Verbs:
+        return _Verbs(self._parsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+
+
+def _add_everywhere(parser: ArgumentParser) -> None:
+    """Accepted before and after the command; without a default, so that the latter does not undo the former."""
+    none = argparse.SUPPRESS
+    group = parser.add_argument_group("everywhere")
+    group.add_argument(
+        "--root", metavar="DIR", default=none, help=f"state ($HOLDFAST_ROOT, else {DEFAULT_ROOT})"
+    )
+    group.add_argument(
+        "--data", metavar="DIR", default=none, help=f"images ($HOLDFAST_DATA, else {DEFAULT_DATA})"
+    )
+    group.add_argument("--json", action="store_true", default=none, help="print for programs, errors too")
+    group.add_argument("--debug", action="store_true", default=none, help="say where an error comes from")
+
+
+def _add_run(verbs: _Verbs) -> None:
+    def make_plan(words: Words) -> PlanOptions:
+        return PlanOptions(make_run(words))
+
+    makers: tuple[tuple[str, str, Callable[[Words], Struct]], ...] = (
+        ("run", "run a container, in a new pod if no other is named", make_run),
+        ("plan", "print what run would do, and do nothing", make_plan),
+    )
+    for verb, text, make in makers:
+        usage = f"holdfast {verb} [OPTIONS] IMAGE [ARG...]\n       holdfast {verb} [OPTIONS] --bundle DIR [ARG...]"
+        parser = verbs.add(verb, text, make, usage=usage)
+        parser.add_argument("rest", nargs="...", metavar="IMAGE [ARG...]", help="what follows IMAGE is the container's")
+        option = parser.add_argument
+        option("--bundle", metavar="DIR", help="run an OCI bundle instead of an image")
+        option("--pod", metavar="POD", help="join this pod")
+        option("--name", metavar="NAME", help="of the container")
+        _add_sandbox(parser)
+        _add_mounts(parser)
+        _add_process(parser)
+        option("-d", "--detach", action="store_true", help="do not wait for the end")
+        option("--entrypoint", metavar="PROGRAM", help="in place of the image's; a JSON array for several words")
+        option("--hostname", metavar="NAME", help="in the container")
+        option("--read-only", action="store_true", help="the root filesystem is read-only")
+        option("--scratch-size", metavar="SIZE", help="how much the container can write")
+        option("--annotation", action="append", default=[], metavar="K=V", help="of the container (repeatable)")
+        option("--rm", action="store_true", help="accepted for podman's sake: a container is always removed")
+
+
+def _add_sandbox(parser: ArgumentParser) -> None:
+    parser.add_argument("--isolation", choices=("vm", "namespace"), help="virtual machine (default) or this kernel")
+    parser.add_argument("--template", metavar="NAME", help="clone this one; none: boot")
+    parser.add_argument("--memory", metavar="SIZE", help="of the virtual machine (256M)")
+    parser.add_argument("--cpus", metavar="N", help="of the virtual machine (1)")
+
+
+def _add_mounts(parser: ArgumentParser) -> None:
+    """Both options fill one list: the order in which they are given is kept."""
+
+    def mount(text: str) -> tuple[str, str]:
+        return "--mount", text
+
+    def volume(text: str) -> tuple[str, str]:
+        return "-v", text
+
+    text = "type=bind|disk|physical-disk|tmpfs|volume|image,src=..,dst=..[,ro] (repeatable)"
+    parser.add_argument("--mount", dest="mounts", type=mount, action="append", default=[], metavar="SPEC", help=text)
+    text = "SRC:DST[:ro]: a folder or file of this host (repeatable)"
+    parser.add_argument("-v", "--volume", dest="mounts", type=volume, action="append", metavar="SPEC", help=text)
+
+
+def _add_process(parser: ArgumentParser) -> None:
+    text = "environment variable (repeatable); without =V, this process's own"
+    parser.add_argument("-e", "--env", action="append", default=[], metavar="K[=V]", help=text)
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="working folder in the container")
+    parser.add_argument("-u", "--user", metavar="USER[:GROUP]", help="names or numbers")
+    parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input on")
+    parser.add_argument("-t", "--tty", action="store_true", help="with a terminal")
+
+
+def _add_pods(verbs: _Verbs) -> None:
+    verbs.add("ps", "list pods and their containers", lambda _: PsOptions())
+    pod = verbs.group("pod", "make, show and remove pods")
+    parser = pod.add("create", "make an empty pod", make_pod_create)
+    parser.add_argument("pod", metavar="POD")
+    _add_sandbox(parser)
+    parser.add_argument("--annotation", action="append", default=[], metavar="K=V", help="of the pod (repeatable)")
+    parser = pod.add("inspect", "all about a pod", lambda words: PodInspectOptions(words.name(words.found.pod, "POD")))
+    parser.add_argument("pod", metavar="POD")
+    parser = pod.add(
+        "remove",
+        "end pods and let go of what they hold",
+        lambda words: PodRemoveOptions(words.names(words.found.pods, "POD"), words.found.force),
+    )
+    parser.add_argument("pods", nargs="+", metavar="POD")
+    parser.add_argument("-f", "--force", action="store_true", help="even with containers that run")
+    usage = "holdfast exec [OPTIONS] POD[/CONTAINER] COMMAND [ARG...]"
+    parser = verbs.add("exec", "run one more process in a container", make_exec, usage=usage)
+    parser.add_argument("pod", metavar="POD[/CONTAINER]")
+    parser.add_argument("rest", nargs="...", metavar="COMMAND [ARG...]")
+    _add_process(parser)
+
+
+def _add_storage(verbs: _Verbs) -> None:
+    text = "every attachment, share and mount of a pod"
+    parser = verbs.add("storage", text, lambda words: StorageOptions(words.name(words.found.pod, "POD")))
+    parser.add_argument("pod", metavar="POD")
+    parser = verbs.add("attach", "add storage to a running pod and print its path in the guest", make_attach)
+    parser.add_argument("pod", metavar="POD")
+    _add_mounts(parser)
+    parser = verbs.add(
+        "detach",
+        "take storage from a running pod",
+        lambda words: DetachOptions(words.name(words.found.pod, "POD"), tuple(words.found.targets)),
+    )
+    parser.add_argument("pod", metavar="POD")
+    parser.add_argument(
+        "targets", nargs="+", metavar="PATH", help="in the guest, as attach printed it, or of this host"
+    )
+
+
+def _add_stores(verbs: _Verbs) -> None:
+    image = verbs.group("image", "import, pull, show and remove images")
+    parser = image.add(
+        "import",
+        "take in an OCI layout or archive",
+        lambda words: ImageImportOptions(words.path(words.found.path), words.found.name),
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--name", required=True, metavar="NAME", help="to call it by")
+    parser = image.add(
+        "pull", "fetch an image from a registry", lambda words: ImagePullOptions(words.found.image, words.found.name)
+    )
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("--name", metavar="NAME", help="to call it by; else as it is called there")
+    _add_listing(image, "image", ImageListOptions, ImageInspectOptions, ImageRemoveOptions)
+    guest = verbs.group("guest", "the system that virtual machines run")
+    guest.add("build", "build it, if it is not built", lambda _: GuestBuildOptions())
+    guest.add("inspect", "what it is made of", lambda _: GuestInspectOptions())
+    template = verbs.group("template", "saved pods that new ones are cloned from")
+    _add_listing(template, "template", TemplateListOptions, TemplateInspectOptions, TemplateRemoveOptions)
+
+
+def _add_listing(
+    verbs: _Verbs,
+    noun: str,
+    listing: Callable[[], Struct],
+    inspect: Callable[[str], Struct],
+    remove: Callable[[tuple[str, ...]], Struct],
+) -> None:
+    verbs.add("list", f"list {noun}s", lambda _: listing())
+    parser = verbs.add("inspect", f"all about one {noun}", lambda words: inspect(words.found.name))
+    parser.add_argument("name", metavar=noun.upper())
+    parser = verbs.add("remove", f"remove {noun}s that nothing uses", lambda words: remove(tuple(words.found.names)))
+    parser.add_argument("names", nargs="+", metavar=noun.upper())
