@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.image.layout import host_architecture
 

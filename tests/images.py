@@ -28,7 +28,9 @@ APPLETS = (
     "reboot", "rm", "rmdir", "sed", "seq", "sh", "sleep", "sort", "stat", "stty", "sync", "tail", "tee", "test", "touch",
     "tr", "true", "truncate", "tty", "umount", "uname", "wc", "xargs", "yes",
 )  # fmt: skip
-_PASSWD = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1001:A user:/home/user:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"
+_PASSWD = (
+    "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1001:A user:/home/user:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"
+)
 _GROUP = "root:x:0:\nusers:x:1001:\nextra:x:2000:nobody,user\nmore:x:2001:user\nnogroup:x:65534:\n"
 #: 2020-01-01, for what has no time of its own.
 EPOCH = 1577836800
@@ -175,7 +177,7 @@ def _odd_things(root: Path) -> None:
     os.symlink("../../../../../../../etc/shadow", srv / "climbing-link")
     long = srv / "/".join("long-name-" + letter * 200 for letter in "abcd")
     long.mkdir(parents=True)
-    (long / ("f" * 255)).write_text("far down")
+    (long / ("f" * 254)).write_text("far down")  # mkfs.erofs 1.5 cannot read a name of 255 bytes
     os.symlink("t" * 300, long / "link-to-a-long-name")
     with open(os.fsencode(srv) + b"/not utf-8 \xff\xe4\n", "wb") as file:
         file.write(b"a name of bytes")

@@ -188,7 +188,7 @@ def from_dict(record: Mapping[str, object]) -> HoldfastError:
         why=record.get("why", ""),
         hint=str(record.get("hint", "")),
         code=str(record.get("code", "")),
-        causes=[from_dict(cause) for cause in causes] if isinstance(causes, list) else (),
+        causes=[from_dict(cause) for cause in causes if isinstance(cause, dict)] if isinstance(causes, list) else (),
     )
 
 

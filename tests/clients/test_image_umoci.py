@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,8 +20,9 @@ from holdfast.image.store import ImageStore
 from tests.image_archives import Layout, entry, files_under, saved, tar
 
 if TYPE_CHECKING:
-    from holdfast.image.records import Image
     from collections.abc import Iterator
+
+    from holdfast.image.records import Image
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("umoci") or not shutil.which("skopeo"), reason="needs umoci and skopeo"),

@@ -164,6 +164,12 @@ def test_sparse_1_0_as_tar_writes_it(tree: Tree) -> None:
     assert (tree.path / "after").read_bytes() == b"x"
 
 
+def test_holes_without_end(tree: Tree) -> None:
+    headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 36)}
+    with pytest.raises(Unsupported, match="holes"):
+        tree.extract(tar(entry("s", data=b"x", pax_headers=headers), entry("t", data=b"x", pax_headers=headers)))
+
+
 def test_hard_links(tree: Tree) -> None:
     tree.extract(
         tar(

@@ -89,12 +89,8 @@ def _add_everywhere(parser: ArgumentParser) -> None:
     """Accepted before and after the command; without a default, so that the latter does not undo the former."""
     none = argparse.SUPPRESS
     group = parser.add_argument_group("everywhere")
-    group.add_argument(
-        "--root", metavar="DIR", default=none, help=f"state ($HOLDFAST_ROOT, else {DEFAULT_ROOT})"
-    )
-    group.add_argument(
-        "--data", metavar="DIR", default=none, help=f"images ($HOLDFAST_DATA, else {DEFAULT_DATA})"
-    )
+    group.add_argument("--root", metavar="DIR", default=none, help=f"state ($HOLDFAST_ROOT, else {DEFAULT_ROOT})")
+    group.add_argument("--data", metavar="DIR", default=none, help=f"images ($HOLDFAST_DATA, else {DEFAULT_DATA})")
     group.add_argument("--json", action="store_true", default=none, help="print for programs, errors too")
     group.add_argument("--debug", action="store_true", default=none, help="say where an error comes from")
 

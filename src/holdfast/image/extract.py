@@ -36,8 +36,8 @@ _OPAQUE = b".wh..wh..opq"
 _OPAQUE_XATTR = "trusted.overlay.opaque"
 # What overlayfs itself reads; an image could otherwise redirect its directories to others of the host's choice.
 _OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
-# mkfs.erofs reads every byte of a hole; so large a layer is a mistake or a trick.
-_LARGEST_FILE = 1 << 40
+# Holes of a layer, all together: they cost the image nothing, but mkfs.erofs reads every byte of them.
+_MOST_HOLES_BYTES = 64 << 30
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -64,6 +64,7 @@ class Extraction:
         self.whiteouts: set[bytes] = set()
         self.opaque: set[bytes] = set()
         self._times: dict[bytes, int] = {b"": 0}
+        self._holes_bytes = 0
         self._parent_path: bytes | None = None
         self._parent: OwnedFd | None = None
 
@@ -260,13 +261,12 @@ class Extraction:
         self.implied.discard(entry.path)
 
     def _file(self, parent: int, name: bytes, entry: Entry, stream: TarStream) -> None:
-        if entry.size > _LARGEST_FILE:
+        self._holes_bytes += entry.size - entry.stored
+        if self._holes_bytes > _MOST_HOLES_BYTES:
             raise Unsupported(
-                "extract layer",
-                subject=self.subject,
-                why=f"{entry.path!r} has {entry.size} bytes",
-                code="layer-not-possible",
-            )
+                "extract layer", subject=self.subject, code="layer-not-possible",
+                why=f"its sparse files, up to {entry.path!r}, have {self._holes_bytes} bytes of holes",
+            )  # fmt: skip
         try:
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent)
         except FileExistsError:

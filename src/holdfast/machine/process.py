@@ -64,9 +64,13 @@ class Child:
 
     async def kill(self) -> None:
         """Ends the process and waits until it is gone; one that has ended is no error."""
+        self.signal_kill()
+        await asyncio.shield(self.exited)
+
+    def signal_kill(self) -> None:
+        """Tells the process to end, without waiting."""
         if self._pidfd >= 0:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        await asyncio.shield(self.exited)
 
 
 def _pid_in_proc(pidfd: int) -> int:

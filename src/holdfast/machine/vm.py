@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import HoldfastError, MachineFailed, TimedOut
+from holdfast.errors import HoldfastError, MachineFailed, ProtocolError, TimedOut
 from holdfast.machine import migration
 from holdfast.machine.config import MachineConfig, Wiring, command_line
 from holdfast.machine.console import Console
@@ -83,9 +83,17 @@ class VirtualMachine:
                 "driver": "scsi-hd", "id": device, "bus": f"scsi{slot.controller}.0", "channel": 0, "scsi-id": 0,
                 "lun": slot.lun, "drive": node, "serial": device,
             })  # fmt: skip
-        except BaseException:
-            await asyncio.shield(self._forget(slot))
+        except BaseException as error:
+            # Whether an interrupted command ran cannot be known: everything is taken back, in any case.
+            await asyncio.shield(self._take_back(slot, error))
             raise
+
+    async def _take_back(self, slot: Slot, error: BaseException) -> None:
+        try:
+            await self.unplug_disk(slot)
+        except HoldfastError as left:
+            if isinstance(error, HoldfastError):
+                error.causes += (left,)
 
     async def unplug_disk(self, slot: Slot) -> None:
         """See :meth:`Sandbox.unplug_disk`: the slot is free only when QEMU has said that the device is gone."""
@@ -128,6 +136,8 @@ class VirtualMachine:
         """Why the machine is gone: exit status and the console's last lines."""
         status = self._child.exited.result() if self._child.exited.done() else None
         how = "was killed by signal " + str(-status) if status is not None and status < 0 else f"exited with {status}"
+        if isinstance(self._agent.error, ProtocolError):
+            how = f"was ended: the agent broke the protocol ({self._agent.error.why})"
         why = f"QEMU {how}; last on its console: {self.last_lines()}"
         return MachineFailed("use the machine", why=why, code="machine-died")
 
@@ -163,6 +173,8 @@ class VirtualMachine:
             on_lost=lambda: None,  # only QEMU's end closes it, and _watch says better why
         )
         await asyncio.get_running_loop().create_connection(lambda: self._agent, sock=agent_end)
+        # A machine whose agent has broken the protocol cannot be controlled any more: it ends.
+        self._agent.lost.add_done_callback(lambda _: self._child.signal_kill())
         self._watcher = asyncio.create_task(self._watch())
 
 

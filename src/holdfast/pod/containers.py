@@ -83,8 +83,8 @@ class Containers:
                 spec = plan.rewritten(held.paths)
                 self._engine.also_release(name, "container", lambda: self._delete(name))
                 pid = await self._start(client, request, spec)
-            except BaseException:
-                await asyncio.shield(self._engine.release(name))
+            except BaseException as error:
+                await asyncio.shield(self._give_up(name, error))
                 raise
         except BaseException:
             del self._infos[name]
@@ -93,6 +93,14 @@ class Containers:
         self._infos[name] = msgspec.structs.replace(self._infos[name], state="running", pid=pid)
         self._background(self._finish(name))
         return {"pid": pid, "key": name}
+
+    async def _give_up(self, name: str, error: BaseException) -> None:
+        """Releases what a failed start has acquired; what cannot be is reported with the failure itself."""
+        try:
+            await self._engine.release(name)
+        except HoldfastError as left:
+            if isinstance(error, HoldfastError):
+                error.causes += (left,)
 
     async def _start(self, client: Connection, request: ContainerRequest, spec: dict[str, Any]) -> int:
         params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
@@ -148,7 +156,8 @@ class Containers:
         except BaseException:
             self._forget(process)
             raise
-        return int(answer["pid"])
+        pid = answer.get("pid") if isinstance(answer, dict) else None
+        return pid if isinstance(pid, int) else 0
 
     def _connect(
         self, process: Process, stdio: Stdio, stdin: Stream | None, stdout: Stream, stderr: Stream | None

@@ -1,17 +1,19 @@
 """Starting a pod: reserve its name, take its lock, start its monitor.
 
-The folder is made first (``mkdir`` is atomic: one of two launchers gets the name), then the lock is taken
-and given to the monitor with the connection to its first client.  At no moment is something there that
-is neither owned by a living process nor found by ``audit``.
+The pod's folder appears by one rename, its lock already held (of two launchers one gets the name); the lock
+then goes to the monitor with the connection to its first client.  At no moment is something there that is
+neither owned by a living process nor found by ``audit``.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,24 +64,38 @@ def launch(request: PodRequest) -> Client:
             hint="use a shorter --root or --name",
         )  # fmt: skip
     with Journal(root) as journal:
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            if not journal.collect(request.name):
-                raise InUse(
-                    "start pod", subject=request.name, why="a pod of this name exists", code="pod-exists",
-                    hint=f"choose another name, or: holdfast pod remove {request.name}",
-                ) from None  # fmt: skip
-            folder.mkdir(mode=0o700)
-    lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock_fd = _reserve(journal, folder)
     try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         ours, theirs = socket.socketpair()
         with theirs:
             _spawn(request, lock_fd, theirs.fileno())
         return Client(ours)
     finally:
         os.close(lock_fd)
+
+
+def _reserve(journal: Journal, folder: Path) -> int:
+    """Makes the pod's folder with its lock held in it from the first moment; returns the lock's descriptor.
+
+    It is made under another name and renamed: rename(2) replaces no folder that has something in it.
+    """
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    lock_fd = os.open(new / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.is_dir():
+            journal.collect(folder.name)  # if its monitor is dead
+        os.rename(new, folder)
+    except OSError as error:
+        os.close(lock_fd)
+        journal.collect(new.name)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise InUse(
+            "start pod", subject=folder.name, why="a pod of this name exists", code="pod-exists",
+            hint=f"choose another name, or: holdfast pod remove {folder.name}",
+        ) from None  # fmt: skip
+    return lock_fd
 
 
 def _spawn(request: PodRequest, lock_fd: int, client_fd: int) -> None:

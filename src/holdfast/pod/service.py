@@ -34,7 +34,7 @@ def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
     """Runs the monitor of one pod to its end; returns its exit status."""
     config = msgspec.json.decode(request, type=PodRequest)
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in range(3):
+    for fd in range(2 if os.environ.get("HOLDFAST_DEBUG") else 3):
         os.dup2(null, fd)
     os.close(null)
     return asyncio.run(Service(config, lock_fd, host_pid).run(client_fd))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from holdfast.errors import GuestFailed
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.attachments import GUEST_SECONDS, Attachment, Attachments, Disk, DiskKey
 from holdfast.storage.counted import Counted
@@ -94,7 +95,8 @@ class DiskMounts:
         except BaseException:
             self._numbers.discard(number)
             raise
-        assert answer["path"] == path
+        if not isinstance(answer, dict) or answer.get("path") != path:
+            raise GuestFailed("mount disk", subject=attachment.disk.path, why="the guest answered with nonsense")
         return DiskMount(key, attachment, path)
 
     async def _unmount(self, key: MountKey, mount: DiskMount) -> None:

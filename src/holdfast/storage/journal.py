@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -140,9 +139,7 @@ class Journal:
             self._db.execute("DELETE FROM held WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM leases WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM pods WHERE name = ?", (name,))
-        folder = self.pods_folder / name
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        _remove_pod_folder(self.pods_folder / name)
 
     def collect(self, name: str) -> bool:
         """Forgets a pod if its monitor is dead; returns whether it was.
@@ -237,3 +234,21 @@ class Journal:
         """Every lease: ``path``, ``pod``, ``writable``."""
         rows = self._db.execute("SELECT path, pod, writable FROM leases ORDER BY path, pod")
         return [{"path": path, "pod": pod, "writable": bool(writable)} for path, pod, writable in rows]
+
+
+def _remove_pod_folder(folder: Path) -> None:
+    """Removes a pod's folder: its files, and the empty mount point in it.
+
+    Never recursively: shares are mounted below, and what is mounted is the user's.  A folder that cannot be
+    removed this way stays, and ``audit`` finds it.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+    os.rmdir(folder)

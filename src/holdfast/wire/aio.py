@@ -245,6 +245,8 @@ class Connection(asyncio.Protocol):
                 self._dispatch(incoming)
         except ProtocolError as error:
             self.fail(error)
+        except Exception as error:  # the peer is not trusted: nothing that it sends may leave waiters hanging
+            self.fail(ProtocolError("read message", why=f"{type(error).__name__}: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See :class:`asyncio.Protocol`."""

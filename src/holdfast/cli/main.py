@@ -1,0 +1,127 @@
+"""``holdfast``: reads the command line, does what it says, and turns whatever goes wrong into one message and a status.
+
+Nothing is imported before it is needed: ``run`` has something to start, and should not wait for what only ``doctor``
+uses.
+
+Exit status: 0, or the container's own; 1 when a check found something (``audit``, ``gc``, ``doctor``); 125 Holdfast
+itself failed, 126 the command cannot be executed, 127 it does not exist; 128 + n when ended by signal n.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from holdfast.cli.options import CommandLine
+    from holdfast.cli.output import Output
+
+#: Record of a command -> module of this package and function in it: ``(command, line, output) -> exit status``.
+COMMANDS = {
+    "RunOptions": ("run", "run"),
+    "ExecOptions": ("run", "execute"),
+    "PlanOptions": ("plan", "plan"),
+    "PsOptions": ("pods", "ps"),
+    "PodCreateOptions": ("pods", "create"),
+    "PodInspectOptions": ("pods", "inspect"),
+    "PodRemoveOptions": ("pods", "remove"),
+    "StorageOptions": ("storage", "show"),
+    "AttachOptions": ("storage", "attach"),
+    "DetachOptions": ("storage", "detach"),
+    "ImageImportOptions": ("images", "import_image"),
+    "ImagePullOptions": ("images", "pull"),
+    "ImageListOptions": ("images", "list_images"),
+    "ImageInspectOptions": ("images", "inspect"),
+    "ImageRemoveOptions": ("images", "remove"),
+    "GuestBuildOptions": ("guests", "build"),
+    "GuestInspectOptions": ("guests", "inspect"),
+    "TemplateListOptions": ("guests", "list_templates"),
+    "TemplateInspectOptions": ("guests", "inspect_template"),
+    "TemplateRemoveOptions": ("guests", "remove_templates"),
+    "AuditOptions": ("audit", "audit"),
+    "GcOptions": ("audit", "collect"),
+    "DoctorOptions": ("doctor", "doctor"),
+}
+_CONTAINER_OUTPUT = ("RunOptions", "ExecOptions")
+INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status.
+
+    Args:
+        argv: without the program's name; this process's if None.
+    """
+    _have_stdio()
+    words = sys.argv[1:] if argv is None else argv
+    # Until the line has been understood, this is the best guess of how an error is wanted.
+    line: CommandLine | None = None
+    try:
+        from holdfast.cli.options import parse
+
+        line = parse(words)
+        status = _find(line)(line.command, line, make_output(line))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return BROKEN_PIPE
+    except Exception as error:
+        return _fail(error, line, words)
+
+
+def make_output(line: CommandLine) -> Output:
+    """Where this command's words go."""
+    from holdfast.cli.output import Output
+
+    return Output(json=line.json, container_output=type(line.command).__name__ in _CONTAINER_OUTPUT)
+
+
+def _find(line: CommandLine) -> Callable[[Any, CommandLine, Output], int]:
+    from importlib import import_module
+
+    module, function = COMMANDS[type(line.command).__name__]
+    found: Callable[[Any, CommandLine, Output], int] = getattr(import_module(f"holdfast.cli.{module}"), function)
+    return found
+
+
+def _fail(error: Exception, line: CommandLine | None, words: list[str]) -> int:
+    from holdfast.cli.output import Output
+    from holdfast.errors import from_exception
+
+    found = from_exception(error)
+    if found.code == "internal" and not found.hint:
+        found.hint = "this is a fault of Holdfast; --debug says where"
+    try:
+        if line.debug if line else "--debug" in words:
+            import traceback
+
+            traceback.print_exception(error)
+        output = make_output(line) if line else Output(json="--json" in words)
+        output.error(found)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+    return found.exit_status
+
+
+def _have_stdio() -> None:
+    """Opens what the caller left closed of 0, 1 and 2, or some file of ours would get that number and their words."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+
+
+def _silence_stdout() -> None:
+    """Keeps the interpreter's last flush from complaining about the reader who has gone."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, 1)
+    os.close(null)

@@ -1,0 +1,144 @@
+"""``storage``, ``attach`` and ``detach``: what a pod holds, and more or less of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from holdfast import api
+from holdfast.cli import output as shown
+from holdfast.errors import HoldfastError, NotFound
+
+if TYPE_CHECKING:
+    from holdfast.cli.options import AttachOptions, CommandLine, DetachOptions, StorageOptions
+    from holdfast.cli.output import Output
+
+
+def show(command: StorageOptions, line: CommandLine, output: Output) -> int:
+    """``storage``: a tree for a terminal, a table for a pipe, everything with ``--json``."""
+    with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
+        found = pod.storage()
+    if output.json:
+        output.data(found)
+    elif output.terminal:
+        _tree(found, output)
+    else:
+        output.table(("SLOT", "KIND", "MODE", "SIZE", "FILE", "HOLDERS", "GUEST PATH"), list(rows(found)))
+    return 0
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each disk and each share."""
+    lines = []
+    for disk in found["attachments"]:
+        where = ", ".join(disk["guest_paths"])
+        size = shown.size(disk["size_bytes"])
+        lines.append((disk["slot"], _kind(disk), mode(disk), size, disk["file"], ", ".join(disk["holders"]), where))
+    for share in found["shares"]:
+        holders = ", ".join(share["holders"])
+        lines.append(("9p", share["kind"], mode(share), "", share["path"], holders, share["guest_path"]))
+    return lines
+
+
+def mode(thing: dict[str, Any]) -> str:
+    """``ro`` or ``rw``."""
+    return "ro" if thing["read_only"] else "rw"
+
+
+def _kind(disk: dict[str, Any]) -> str:
+    """What the disk is for; and its format, if that is not the usual one."""
+    return disk["kind"] if disk["format"] == "raw" else f"{disk['kind']} ({disk['format']})"
+
+
+def _tree(found: dict[str, Any], output: Output) -> None:
+    """The picture: pod -> slot -> file -> who holds it and where the guest has it."""
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def text(*parts: tuple[str, str]) -> Text:
+        return Text.assemble(*((shown.clean(part), style) for part, style in parts), overflow="fold")
+
+    tree = Tree(text((found["pod"], "bold")), guide_style="dim")
+    disks = tree.add(text((f"disks ({found['free_slots']} SCSI slots free)", "bold")))
+    for disk in found["attachments"]:
+        branch = disks.add(
+            text((disk["slot"], "cyan"), ("  ", ""), (disk["file"], ""), ("  ", ""), _access(disk),
+                 (f"  {_kind(disk)}  {shown.size(disk['size_bytes'])}", "dim"))
+        )  # fmt: skip
+        branch.add(text((", ".join(disk["holders"]), "magenta"), (" at ", "dim"), (" ".join(disk["guest_paths"]), "")))
+    shares = tree.add(text(("shares (9p)", "bold")))
+    for share in found["shares"]:
+        branch = shares.add(
+            text((str(share["share"]), "cyan"), ("  ", ""), (share["path"], ""), ("  ", ""), _access(share),
+                 (f"  {share['kind']}", "dim"))
+        )  # fmt: skip
+        branch.add(text((", ".join(share["holders"]), "magenta"), (" at ", "dim"), (share["guest_path"], "")))
+    Console(no_color=not output.colour, highlight=False).print(tree)
+
+
+def _access(thing: dict[str, Any]) -> tuple[str, str]:
+    return (mode(thing), "green" if thing["read_only"] else "yellow")
+
+
+def attach(command: AttachOptions, line: CommandLine, output: Output) -> int:
+    """``attach``: prints the path of each in the guest; of several all are attached, or none."""
+    attached: list[str] = []
+    with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
+        try:
+            for mount in command.mounts:
+                attached.append(pod.attach(mount))
+        except HoldfastError as error:
+            for path in reversed(attached):
+                try:
+                    pod.detach(path)
+                except HoldfastError as other:
+                    error.causes = (*error.causes, other)
+            raise
+    if output.json:
+        output.data({"guest_paths": attached})
+    else:
+        for path in attached:
+            output.line(path)
+    return 0
+
+
+def detach(command: DetachOptions, line: CommandLine, output: Output) -> int:
+    """``detach``: by the path in the guest or on the host; goes on past one that fails."""
+    errors: list[HoldfastError] = []
+    detached: list[str] = []
+    with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
+        for target in command.targets:
+            try:
+                path = _resolve(target, pod.storage())
+                pod.detach(path)
+                detached.append(path)
+            except HoldfastError as error:
+                errors.append(error)
+    if errors:
+        first, *others = errors
+        first.causes = (*first.causes, *others)
+        raise first
+    if output.json:
+        output.data({"detached": detached})
+    return 0
+
+
+def _resolve(target: str, found: dict[str, Any]) -> str:
+    """The guest's path of what ``target`` names there or on the host; of a host path shown twice, the first.
+
+    Raises:
+        NotFound: nothing of that name is in the pod.
+    """
+    known = [(disk["file"], path) for disk in found["attachments"] for path in disk["guest_paths"]]
+    known += [(share["path"], share["guest_path"]) for share in found["shares"]]
+    if any(target == path for _, path in known):
+        return target
+    here = os.path.abspath(target)
+    for host, path in known:
+        if host in (here, target) or os.path.realpath(host) == os.path.realpath(here):
+            return path
+    raise NotFound(
+        "detach", subject=target, why="the pod has nothing of it", code="not-attached",
+        hint=f"holdfast storage {found['pod']} shows what it has",
+    )  # fmt: skip
