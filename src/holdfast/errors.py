@@ -198,4 +198,15 @@ def from_exception(error: BaseException) -> HoldfastError:
         return error
     if isinstance(error, OSError):
         return HoldfastError("system call failed", subject=error.filename or "", why=error)
-    return HoldfastError("unexpected failure", why=f"{type(error).__name__}: {error}", code="internal")
+    why = f"{type(error).__name__}: {error}{_place(error)}"
+    return HoldfastError("unexpected failure", why=why, code="internal")
+
+
+def _place(error: BaseException) -> str:
+    """Where a fault of ours was raised: the one thing that a report of it must say."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    return f" at {trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"

@@ -99,7 +99,19 @@ def _table(found: list[Finding], output: Output) -> None:
 
 
 def find(root: Path) -> list[Finding]:
-    """Everything that is held by nobody below a state root; makes and changes nothing."""
+    """Everything that is held by nobody below a state root; makes and changes nothing.
+
+    Looks twice: pods come and go meanwhile, and what is in both answers is no passing state.
+    """
+    found = _look(root)
+    if found:
+        time.sleep(_SETTLE_SECONDS)
+        again = _look(root)
+        found = [finding for finding in found if finding in again]
+    return found
+
+
+def _look(root: Path) -> list[Finding]:
     found: list[Finding] = []
     if (root / "journal.db").exists():
         with Journal(root) as journal:
@@ -143,30 +155,23 @@ def _folder(path: Path) -> Finding:
 
 
 def _in_pod(root: Path, name: str) -> Iterator[Finding]:
-    """What the monitor of a pod that lives says of its slots, asked twice: what is in both answers is no passing state."""
+    """What the monitor of a pod that lives says of its slots."""
     try:
         if ask(root, name).state != "running":
             return
-        first = _verify(root, name)
-        if any(first.values()):
-            time.sleep(_SETTLE_SECONDS)
-            second = _verify(root, name)
-            for kind, why in (
-                ("unknown_slots", "the machine has a disk in it that the journal does not know"),
-                ("missing_slots", "the journal has a disk in it that the machine does not have"),
-            ):
-                for slot in sorted(set(first[kind]) & set(second[kind])):
-                    yield Finding("slot", slot, name, why, collectable=False)
-    except NotFound:  # it ended in between
+        with Client.connect(root, name) as client:
+            slots = client.request("verify", {}, _VERIFY_SECONDS)
+    except NotFound:  # it has ended
         return
     except HoldfastError as error:
         yield Finding("monitor", name, name, f"it lives, and does not answer: {error}", collectable=False)
-
-
-def _verify(root: Path, name: str) -> dict[str, list[str]]:
-    with Client.connect(root, name) as client:
-        found: dict[str, list[str]] = client.request("verify", {}, _VERIFY_SECONDS)
-    return found
+        return
+    for kind, why in (
+        ("unknown_slots", "the machine has a disk in it that the journal does not know"),
+        ("missing_slots", "the journal has a disk in it that the machine does not have"),
+    ):
+        for slot in slots[kind]:
+            yield Finding("slot", slot, name, why, collectable=False)
 
 
 # -- machines without a monitor -------------------------------------------------------------------
@@ -199,7 +204,7 @@ def _pod_of(pid: int, root: Path) -> str:
         return ""
     if "qemu-system" not in os.path.basename(words[0]):
         return ""
-    start = f"path={root}/pods/".replace(",", ",,").replace("path=", ",path=", 1)
+    start = f",path={str(root).replace(',', ',,')}/pods/"  # as QEMU's option parser wants commas
     for word in words:
         _, found, rest = word.partition(start)
         if found:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from holdfast.cli import output as shown
 from holdfast.errors import InvalidInput, NotFound
 from holdfast.machine import guest_image, template

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ImageRemoveOptions,
     )
     from holdfast.cli.output import Output
-    from holdfast.image.records import Image, Progress, ProgressFunction
+    from holdfast.image.records import Image, Layer, Progress, ProgressFunction
 
 _DIGEST_WIDTH = 12
 
@@ -79,10 +79,14 @@ def inspect(command: ImageInspectOptions, line: CommandLine, output: Output) -> 
             ("stop signal", config.stop_signal),
             ("labels", "\n".join(f"{name}={value}" for name, value in config.labels.items())),
             ("size", shown.size(_bytes(image))),
-            ("layers", "\n".join(f"{_short(l.diff_id)}  {shown.size(l.size_bytes)}  {l.disk}" for l in image.layers)),
+            ("layers", "\n".join(_describe(layer) for layer in image.layers)),
         )
     )
     return 0
+
+
+def _describe(layer: Layer) -> str:
+    return f"{_short(layer.diff_id)}  {shown.size(layer.size_bytes)}  {layer.disk}"
 
 
 def remove(command: ImageRemoveOptions, line: CommandLine, output: Output) -> int:

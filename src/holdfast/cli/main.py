@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
         line = parse(words)
         status = _find(line)(line.command, line, make_output(line))
-        sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -105,7 +105,7 @@ def _fail(error: Exception, line: CommandLine | None, words: list[str]) -> int:
             traceback.print_exception(error)
         output = make_output(line) if line else Output(json="--json" in words)
         output.error(found)
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError:
         _silence_stdout()
     return found.exit_status
@@ -118,6 +118,11 @@ def _have_stdio() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it was closed when the interpreter started
+        sys.stdout.flush()
 
 
 def _silence_stdout() -> None:

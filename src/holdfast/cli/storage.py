@@ -29,7 +29,7 @@ def show(command: StorageOptions, line: CommandLine, output: Output) -> int:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """A line for each disk and each share."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for disk in found["attachments"]:
         where = ", ".join(disk["guest_paths"])
         size = shown.size(disk["size_bytes"])
@@ -130,7 +130,9 @@ def _resolve(target: str, found: dict[str, Any]) -> str:
     Raises:
         NotFound: nothing of that name is in the pod.
     """
-    known = [(disk["file"], path) for disk in found["attachments"] for path in disk["guest_paths"]]
+    known: list[tuple[str, str]] = [
+        (disk["file"], path) for disk in found["attachments"] for path in disk["guest_paths"]
+    ]
     known += [(share["path"], share["guest_path"]) for share in found["shares"]]
     if any(target == path for _, path in known):
         return target

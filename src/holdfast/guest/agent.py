@@ -67,6 +67,8 @@ class Agent:
         signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        # Whatever had something to say - a request, a stream, a child's end - it is sent once, together.
+        self._loop.after_round = self._flush
         self._loop.watch(wakeup_reader, select.EPOLLIN, lambda _events: self._on_signal(wakeup_reader))
         self._loop.watch(self._fd, select.EPOLLIN, self._on_port)
         self._loop.run()
@@ -74,7 +76,6 @@ class Agent:
     def _on_signal(self, fd: int) -> None:
         os.read(fd, 4096)
         self._children.reap()
-        self._flush()
 
     def _on_port(self, events: int) -> None:
         if events & select.EPOLLIN:
@@ -88,7 +89,6 @@ class Agent:
             except ProtocolError as error:
                 # The host is not expected to break the protocol: say so on the console and go on with what follows.
                 _say(error)
-        self._flush()
 
     def _dispatch(self, incoming: Incoming) -> None:
         kind, channel = incoming.kind, incoming.channel
@@ -134,7 +134,6 @@ class Agent:
             finished = True
             self._tasks.pop(request_id, None)
             self._mux.respond(request_id, result, from_exception(failure).as_dict() if failure is not None else None)
-            self._flush()
 
         handle = self._loop.spawn(task, seconds, done)
         if not finished:
@@ -142,7 +141,6 @@ class Agent:
 
     def _report(self, name: str, params: dict[str, Any]) -> None:
         self._mux.event(name, params)
-        self._flush()
 
     def _flush(self) -> None:
         outgoing = self._mux.outgoing

@@ -42,9 +42,14 @@ class _Running:
 
 
 class Loop:
-    """Watches descriptors and runs tasks until :meth:`stop`."""
+    """Watches descriptors and runs tasks until :meth:`stop`.
+
+    Attributes:
+        after_round: called when everything that was ready has been dealt with, before waiting again.
+    """
 
     def __init__(self) -> None:
+        self.after_round: Callable[[], None] = lambda: None
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}
         self._running: list[_Running] = []
@@ -92,6 +97,7 @@ class Loop:
                 if watched is not None:
                     watched[1](events)
             self._wake_tasks()
+            self.after_round()
 
     def _timeout(self) -> float:
         times = [min(r.deadline, r.deadline if r.wake is None else r.wake) for r in self._running]

@@ -135,6 +135,8 @@ def _call(name: str, subject: str | bytes | None, *args: int | bytes | None) -> 
     keep = []
     for index, value in enumerate(args):
         if isinstance(value, bytes):
+            if b"\0" in value:  # the kernel would see what is before it: another path
+                raise OSError(errno.EINVAL, f"{name}: embedded null byte", subject)
             buffer = ctypes.create_string_buffer(value)
             keep.append(buffer)
             words[index] = ctypes.addressof(buffer)

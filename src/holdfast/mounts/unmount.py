@@ -18,13 +18,16 @@ def unmount(target: str) -> None:
     Raises:
         NotReleased: somebody still uses it.
     """
-    for _ in range(_MOST_STACKED):
+    for _ in range(_MOST_STACKED + 1):
         try:
             syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return
             raise NotReleased("unmount", subject=target, why=error, code="mount-busy") from None
+    raise NotReleased(
+        "unmount", subject=target, why=f"more than {_MOST_STACKED} mounts are stacked on it", code="mount-busy"
+    )
 
 
 def remove_mount_point(target: str) -> None:

@@ -49,6 +49,7 @@ class Service:
         self._host_pid = host_pid
         self._folder = Path(config.root) / "pods" / config.name
         self._export = self._folder / "export"
+        self._served = self._folder / "served"
         self._journal = Journal(Path(config.root))
         self._created_ns = time.time_ns()
         self._machine: vm.VirtualMachine | None = None
@@ -121,6 +122,7 @@ class Service:
         try:
             self._mount_export()
             self._machine = await self._start_machine(lambda text: client.event("say", {"text": text}))
+            self._machine.export = str(self._export)
             self._engine = Engine(self._machine, self._journal, self._config.name, Path(self._config.data))
             self._containers = Containers(self._config.name, self._folder, self._machine, self._engine)
             self._attached = HotAttach(self._engine)
@@ -140,11 +142,21 @@ class Service:
         self._ending.set()
 
     def _mount_export(self) -> None:
+        """Mounts the folder that shares are bound in, and the view of it that the guest is served.
+
+        The view is read-only and a slave: shares appear in it with their own access, and nothing else can be
+        made there.  A guest that could, might put a link where the next share is about to be bound.
+        """
         self._export.mkdir(mode=0o700)
+        self._served.mkdir(mode=0o700)
         syscalls.mount(
             "holdfast", str(self._export), "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m"
         )
         syscalls.mount("none", str(self._export), "", syscalls.MS_PRIVATE)
+        syscalls.mount("none", str(self._export), "", syscalls.MS_SHARED)
+        syscalls.mount(str(self._export), str(self._served), "", syscalls.MS_BIND)
+        syscalls.mount("none", str(self._served), "", syscalls.MS_SLAVE)
+        syscalls.mount("none", str(self._served), "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
 
     async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
         config = self._config
@@ -167,10 +179,10 @@ class Service:
             with open(ram, "wb") as file:
                 file.truncate(config.memory_bytes)
             return await vm.start(
-                machine, ram_path=str(ram), ram_shared=True, export=str(self._export), console_log=console
+                machine, ram_path=str(ram), ram_shared=True, export=str(self._served), console_log=console
             )
         folder, _ = await template.ensure(data, machine, say)
-        return await template.clone(folder, machine, export=str(self._export), console_log=console)
+        return await template.clone(folder, machine, export=str(self._served), console_log=console)
 
     def _on_death(self) -> None:
         if self._config.ephemeral and not self._ending.is_set():
@@ -187,8 +199,9 @@ class Service:
             await machine.close()
             if errors or self._engine.held():
                 errors = await self._release_all()
-        with contextlib.suppress(OSError):
-            syscalls.umount(str(self._export), syscalls.MNT_DETACH)
+        for mounted in (self._served, self._export):
+            with contextlib.suppress(OSError):
+                syscalls.umount(str(mounted), syscalls.MNT_DETACH)
         return errors
 
     async def _release_all(self) -> list[Exception]:

@@ -7,6 +7,7 @@ The rules that make this safe live here once, for slots, mounts and shares alike
 * One that gives up while waiting holds nothing; if nobody is left, what was made is unmade.
 * A failed unmaking keeps the thing recorded, with its last holder; letting go again goes on from there,
   and nobody joins a thing that is half unmade.
+* So it is with a making that failed and could not be undone (:class:`HalfMade`): the next acquire undoes it first.
 """
 
 from __future__ import annotations
@@ -21,14 +22,29 @@ K = TypeVar("K", bound="Hashable")
 V = TypeVar("V")
 
 
+class HalfMade(Exception):  # noqa: N818 - says what is left, and never reaches a user
+    """Raised by a ``make`` that failed and whose undoing failed too.
+
+    Args:
+        error: why the making failed; that is what acquirers get.
+        value: what unmaking needs to know to go on from there.
+    """
+
+    def __init__(self, error: BaseException, value: object) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.value = value
+
+
 class Entry(Generic[V]):
     """One shared thing: its value once made, and how often each holder holds it."""
 
     def __init__(self) -> None:
         self.holders: dict[str, int] = {}
         self.waiting = 0
-        self.value: V | None = None
-        self.making: asyncio.Task[V] | None = None
+        self.made = False
+        self.value: V
+        self.making: asyncio.Task[None] | None = None
         self.unmaking: asyncio.Task[None] | None = None
         self.broken = False
 
@@ -51,9 +67,8 @@ class Counted(Generic[K, V]):
             Exception: what ``make`` raised, to everybody who waited for it.
         """
         entry = await self._usable(key)
-        if entry.value is None:
+        if not entry.made:
             await self._made(key, entry, make)
-        assert entry.value is not None
         entry.holders[holder] = entry.holders.get(holder, 0) + 1
         return entry.value
 
@@ -68,24 +83,35 @@ class Counted(Generic[K, V]):
 
     async def _made(self, key: K, entry: Entry[V], make: Callable[[], Awaitable[V]]) -> None:
         if entry.making is None:
-            entry.making = asyncio.ensure_future(_as_coroutine(make))
-            entry.making.add_done_callback(lambda task: self._after_making(key, entry, task))
+            entry.making = asyncio.ensure_future(self._make_now(key, entry, make))
+            entry.making.add_done_callback(_retrieve)  # for when everybody has given up
         entry.waiting += 1
         try:
             await asyncio.shield(entry.making)
-        finally:
+        except BaseException:
             entry.waiting -= 1
+            self._unmake_if_unwanted(key, entry)
+            raise
+        entry.waiting -= 1
 
-    def _after_making(self, key: K, entry: Entry[V], task: asyncio.Task[V]) -> None:
-        entry.making = None
-        if task.cancelled() or task.exception() is not None:
-            if self._entries.get(key) is entry:
-                del self._entries[key]
-            return
-        entry.value = task.result()
-        if not entry.waiting:  # everybody who wanted it has given up meanwhile
-            entry.broken = True
-            entry.unmaking = asyncio.ensure_future(self._unmake_now(key, entry))
+    async def _make_now(self, key: K, entry: Entry[V], make: Callable[[], Awaitable[V]]) -> None:
+        """Makes the thing; the outcome is recorded before anybody else can run."""
+        try:
+            entry.value = await make()
+        except HalfMade as half:
+            entry.value = half.value  # type: ignore[assignment]
+            entry.made = entry.broken = True
+            raise half.error from None
+        except BaseException:
+            del self._entries[key]
+            raise
+        entry.made = True
+        self._unmake_if_unwanted(key, entry)
+
+    def _unmake_if_unwanted(self, key: K, entry: Entry[V]) -> None:
+        """Unmakes what has been made when everybody who wanted it has given up meanwhile."""
+        if entry.made and not (entry.holders or entry.waiting or entry.broken):
+            self._start_unmaking(key, entry)
 
     async def release(self, key: K, holder: str) -> None:
         """Lets go once; the last one unmakes.  What is not held is no error.
@@ -96,35 +122,50 @@ class Counted(Generic[K, V]):
         entry = self._entries.get(key)
         if entry is None or holder not in entry.holders:
             return
-        if entry.holders[holder] > 1 or len(entry.holders) > 1:
+        # Who waits for what has been made this instant is about to hold it.
+        if entry.holders[holder] > 1 or len(entry.holders) > 1 or entry.waiting:
             _drop(entry.holders, holder)
             return
         await self._unmade(key, entry)
 
     async def _unmade(self, key: K, entry: Entry[V]) -> None:
-        if entry.unmaking is None:
-            entry.unmaking = asyncio.ensure_future(self._unmake_now(key, entry))
-        await asyncio.shield(entry.unmaking)
+        await asyncio.shield(entry.unmaking or self._start_unmaking(key, entry))
+
+    def _start_unmaking(self, key: K, entry: Entry[V]) -> asyncio.Task[None]:
+        entry.broken = True
+        entry.unmaking = asyncio.ensure_future(self._unmake_now(key, entry))
+        entry.unmaking.add_done_callback(_retrieve)
+        return entry.unmaking
 
     async def _unmake_now(self, key: K, entry: Entry[V]) -> None:
-        entry.broken = True
         try:
-            assert entry.value is not None
             await self._unmake(key, entry.value)
         except BaseException:
             entry.unmaking = None
             raise
-        if self._entries.get(key) is entry:
-            del self._entries[key]
+        del self._entries[key]
+
+    async def settle(self) -> list[Exception]:
+        """Brings to its end what everybody has given up; returns why what is left of it is left."""
+        errors: list[Exception] = []
+        for key, entry in list(self._entries.items()):
+            if entry.making is not None and not entry.waiting:
+                await asyncio.wait({entry.making})
+            if entry.made and not entry.holders and not entry.waiting and self._entries.get(key) is entry:
+                try:
+                    await self._unmade(key, entry)
+                except Exception as error:
+                    errors.append(error)
+        return errors
 
     def value(self, key: K) -> V | None:
         """The made thing, or None."""
         entry = self._entries.get(key)
-        return entry.value if entry else None
+        return entry.value if entry is not None and entry.made else None
 
     def items(self) -> list[tuple[K, V, list[str]]]:
         """Everything made, with its holders."""
-        return [(key, e.value, sorted(e.holders)) for key, e in self._entries.items() if e.value is not None]
+        return [(key, e.value, sorted(e.holders)) for key, e in self._entries.items() if e.made]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -136,5 +177,7 @@ def _drop(holders: dict[str, int], holder: str) -> None:
         del holders[holder]
 
 
-async def _as_coroutine(make: Callable[[], Awaitable[V]]) -> V:
-    return await make()
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Somebody may be left to hear of a failure, or nobody: that is no reason for asyncio to complain."""
+    if not task.cancelled():
+        task.exception()

@@ -43,19 +43,31 @@ class Undo:
         self._actions.clear()
 
     async def unwind(self) -> list[Exception]:
-        """Undoes everything, last first; what failed stays remembered and its errors are returned."""
+        """Undoes everything, last first; what failed stays remembered and its errors are returned.
+
+        What a cancellation interrupts stays remembered too: whoever unwinds again goes on from there.
+        """
         failed: list[Action] = []
         errors: list[Exception] = []
-        while self._actions:
-            batch = [self._actions.pop()]
-            while batch[0].group and self._actions and self._actions[-1].group == batch[0].group:
-                batch.append(self._actions.pop())
-            for action, error in zip(batch, await asyncio.gather(*map(_undo, batch)), strict=True):
-                if error is not None:
-                    failed.insert(0, action)
-                    errors.append(error)
-        self._actions = failed
+        try:
+            while self._actions:
+                batch = self._last_batch()
+                for action, error in zip(batch, await asyncio.gather(*map(_undo, batch)), strict=True):
+                    self._actions.remove(action)
+                    if error is not None:
+                        failed.insert(0, action)
+                        errors.append(error)
+        finally:
+            self._actions += failed
         return errors
+
+    def _last_batch(self) -> list[Action]:
+        batch = [self._actions[-1]]
+        for action in reversed(self._actions[:-1]):
+            if not action.group or action.group != batch[0].group:
+                break
+            batch.append(action)
+        return batch
 
     @property
     def empty(self) -> bool:

@@ -56,6 +56,8 @@ class Stream:
         while view:
             room = self._connection.room(self.channel)
             if not room:
+                if self._connection.error is None and not self._connection.is_writable(self.channel):
+                    raise ProtocolError("write to stream", subject=self.channel, why="it has been closed")
                 await self._wait()
                 continue
             self._connection.send_data(self.channel, bytes(view[:room]))
@@ -66,7 +68,7 @@ class Stream:
         self._connection.send_eof(self.channel)
 
     def close(self) -> None:
-        """Forgets the stream."""
+        """Forgets the stream; who reads or writes it is told that it has ended."""
         self._connection.close_stream(self.channel)
 
     async def _wait(self) -> None:
@@ -150,9 +152,11 @@ class Connection(asyncio.Protocol):
         Raises:
             TimedOut: it did not within ``seconds``.
         """
+        self.check()
         epoch = os.urandom(16)
         self._synced = asyncio.get_running_loop().create_future()
         self._mux.sync(epoch)
+        self._end_streams()
         self._flush()
         try:
             async with asyncio.timeout(seconds):
@@ -208,6 +212,10 @@ class Connection(asyncio.Protocol):
         """See :meth:`Mux.room`."""
         return self._mux.room(channel)
 
+    def is_writable(self, channel: int) -> bool:
+        """See :meth:`Mux.is_writable`."""
+        return self._mux.is_writable(channel)
+
     def send_data(self, channel: int, data: bytes) -> None:
         """See :meth:`Mux.write`."""
         self._mux.write(channel, data)
@@ -227,8 +235,15 @@ class Connection(asyncio.Protocol):
 
     def close_stream(self, channel: int) -> None:
         """Forgets a stream; its late data is dropped."""
-        self._streams.pop(channel, None)
+        stream = self._streams.pop(channel, None)
         self._mux.close(channel)
+        if stream is not None:
+            stream.arrived(EOF, b"")
+
+    def _end_streams(self) -> None:
+        """A new epoch knows none of the streams of the one before."""
+        for channel in list(self._streams):
+            self.close_stream(channel)
 
     # -- asyncio.Protocol ---------------------------------------------------------------------
 
@@ -268,7 +283,7 @@ class Connection(asyncio.Protocol):
             if isinstance(name, str) and isinstance(params, dict):
                 self._on_event(name, params)
         elif kind == REQUEST:
-            self._serving[channel] = asyncio.create_task(self._serve(channel, incoming.body))
+            self._start_serving(channel, incoming.body)
         elif kind == CANCEL:
             task = self._serving.get(channel)
             if task is not None:
@@ -277,6 +292,7 @@ class Connection(asyncio.Protocol):
             self._synced.set_result(incoming.data)
         elif kind == SYNC:
             self._mux.synced(incoming.data)
+            self._end_streams()
             self._flush()
 
     def _answered(self, request_id: int, body: dict[str, Any]) -> None:
@@ -289,6 +305,13 @@ class Connection(asyncio.Protocol):
         else:
             future.set_result(body.get("result"))
 
+    def _start_serving(self, request_id: int, body: dict[str, Any]) -> None:
+        if request_id in self._serving:
+            raise ProtocolError("answer request", subject=request_id, why="a request of this number is being answered")
+        task = self._serving[request_id] = asyncio.create_task(self._serve(request_id, body))
+        # Not in the task's own `finally`: one that is cancelled before it has begun does not get there.
+        task.add_done_callback(lambda _: self._serving.pop(request_id, None))
+
     async def _serve(self, request_id: int, body: dict[str, Any]) -> None:
         try:
             method, params = body.get("method"), body.get("params")
@@ -299,8 +322,6 @@ class Connection(asyncio.Protocol):
             self._respond(request_id, None, from_exception(error).as_dict())
         else:
             self._respond(request_id, result, None)
-        finally:
-            self._serving.pop(request_id, None)
 
     def _respond(self, request_id: int, result: object, error: dict[str, Any] | None) -> None:
         if self.error is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 
-from holdfast.errors import ProtocolError
+from holdfast.errors import HoldfastError, ProtocolError
 from holdfast.wire.frames import (
     CANCEL,
     CREDIT,
@@ -59,12 +59,13 @@ class Incoming:
 
 
 class _Stream:
-    __slots__ = ("eof_sent", "receive_window", "send_window")
+    __slots__ = ("eof_received", "eof_sent", "receive_window", "send_window")
 
     def __init__(self) -> None:
         self.send_window = WINDOW
         self.receive_window = WINDOW
         self.eof_sent = False
+        self.eof_received = False
 
 
 class Mux:
@@ -89,8 +90,11 @@ class Mux:
         self._frame(CANCEL, request_id)
 
     def respond(self, request_id: int, result: object = None, error: dict[str, Any] | None = None) -> None:
-        """Queues the answer to a request."""
-        self._send(RESPONSE, request_id, {"error": error} if error is not None else {"result": result})
+        """Queues the answer to a request; a result that cannot be sent is answered with the reason."""
+        try:
+            self._send(RESPONSE, request_id, {"error": error} if error is not None else {"result": result})
+        except HoldfastError as failure:
+            self._send(RESPONSE, request_id, {"error": failure.as_dict()})
 
     def event(self, name: str, params: dict[str, Any]) -> None:
         """Queues an event."""
@@ -126,13 +130,18 @@ class Mux:
         stream = self._streams.get(channel)
         return 0 if stream is None or stream.eof_sent else min(stream.send_window, MAX_DATA)
 
+    def is_writable(self, channel: int) -> bool:
+        """Whether there ever will be room: the stream is known, and this side has not ended it."""
+        stream = self._streams.get(channel)
+        return stream is not None and not stream.eof_sent
+
     def write(self, channel: int, data: bytes) -> None:
         """Queues at most :meth:`room` bytes.
 
         Raises:
             ProtocolError: there is no room for them.
         """
-        if len(data) > self.room(channel):
+        if not self.is_writable(channel) or len(data) > self.room(channel):
             raise ProtocolError("write to stream", subject=channel, why="no credit")
         self._streams[channel].send_window -= len(data)
         self._frame(DATA, channel, data)
@@ -152,7 +161,14 @@ class Mux:
             self._frame(CREDIT, channel, count.to_bytes(4, "big"))
 
     def _send(self, kind: int, channel: int, body: dict[str, Any]) -> None:
-        self._frame(kind, channel, json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode())
+        try:
+            payload = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ProtocolError("send message", why=f"not JSON: {error}", code="message-invalid") from None
+        if len(payload) > MAX_PAYLOAD:
+            why = f"{len(payload)} bytes are more than the {MAX_PAYLOAD} that a message may have"
+            raise ProtocolError("send message", why=why, code="message-too-large")
+        self._frame(kind, channel, payload)
 
     def _frame(self, kind: int, channel: int, payload: bytes = b"") -> None:
         self.outgoing += Frame(kind, channel, payload).encode()
@@ -179,10 +195,16 @@ class Mux:
         stream = self._streams.get(channel)
         if stream is None:  # late data of a stream that this side has closed
             return None
+        if kind in (DATA, EOF) and stream.eof_received:
+            raise ProtocolError("read stream", subject=channel, why="the peer sent more after the end")
         if kind == DATA:
+            if not payload:  # costs no credit, so nothing would bound how many of them are kept
+                return None
             if len(payload) > stream.receive_window:
                 raise ProtocolError("read stream", subject=channel, why="the peer sent more than its credit")
             stream.receive_window -= len(payload)
+        elif kind == EOF:
+            stream.eof_received = True
         elif kind == CREDIT:
             stream.send_window += int.from_bytes(payload[:4], "big")
             if stream.send_window > WINDOW:
