@@ -201,14 +201,14 @@ def _changes(root: Path) -> None:
     (srv / "deep/file8").write_text("changed")
 
 
-def make_bundle(folder: Path, args: Sequence[str], *, root: Path | None = None, **changes: Any) -> Path:
+def make_bundle(folder: Path, args: Sequence[str], **changes: Any) -> Path:
     """A bundle as an engine would write it; ``changes`` replace keys of ``config.json``, a dict by merging."""
     folder.mkdir(parents=True, exist_ok=True)
-    if root is None and not (folder / "rootfs").exists():
+    if "path" not in changes.get("root", {}) and not (folder / "rootfs").exists():
         busybox_tree(folder / "rootfs")
     document: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "root": {"path": str(root or "rootfs")},
+        "root": {"path": "rootfs"},
         "hostname": "bundle",
         "process": {
             "cwd": "/",

@@ -16,11 +16,11 @@ import msgspec
 from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
 from holdfast.machine.sandbox import CONTROLLERS, LUNS, Slot
 from holdfast.spec import guest_requests as requests
-from holdfast.storage.counted import Counted
+from holdfast.storage.counted import Counted, HalfMade
 from holdfast.storage.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from holdfast.machine.sandbox import Sandbox
     from holdfast.storage.journal import Journal
@@ -42,9 +42,9 @@ class Disk(msgspec.Struct, frozen=True):
 
     Attributes:
         path: on the host; only a name when ``open`` makes the file itself.
-        kind: ``layer``, ``scratch`` or ``disk``: what it is for.
+        kind: ``layer``, ``scratch`` or ``disk``: what it is for.  The host-wide rule of one writer is kept by a lease
+            for a ``disk``; the others are Holdfast's own.
         device, inode: what was seen behind the path; 0 when nothing was looked at.
-        leased: whether the host-wide rule of one writer is kept by a lease.
     """
 
     path: str
@@ -126,8 +126,25 @@ class Attachments:
         """
         await self._shared.release(attachment.key, holder)
 
+    async def abandon(self, attachment: Attachment, holder: str) -> None:
+        """As :meth:`detach`, for a holder that will not try again; what is left then is for :meth:`retry`.
+
+        Raises:
+            NotReleased: see :meth:`detach`.
+        """
+        await self._shared.abandon(attachment.key, holder)
+
+    async def retry(self) -> list[Exception]:
+        """See :meth:`Counted.retry`."""
+        return await self._shared.retry()
+
+    async def settle(self) -> None:
+        """See :meth:`Counted.settle`."""
+        await self._shared.settle()
+
     async def _attach(self, disk: Disk, key: DiskKey, fd: int) -> Attachment:
         undo = Undo()
+        attachment = None
         try:
             slot = self._free_slot(disk)
             self._taken.add(slot)
@@ -141,27 +158,36 @@ class Attachments:
                 writable = not disk.read_only
                 self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=writable)
                 undo.push("end lease", lambda: self._end_lease(key))
+            attachment = made = Attachment(disk, key, slot, size, row, leased)
+            # From here on nothing is given back before the device is gone, so undoing is one act, not a list of them.
+            undo.forget()
+            undo.push("unplug disk", lambda: self._take_out(made))
             await self._sandbox.plug_disk(slot, fd, disk.disk_format, disk.read_only, disk.block_device)
-            undo.push("unplug disk", lambda: self._sandbox.unplug_disk(slot))
             self._journal.hold(row)
         except BaseException as error:
-            _add_causes(error, await undo.unwind())
+            causes = await undo.unwind()
+            add_causes(error, causes)
+            if causes and attachment is not None:
+                raise HalfMade(error, attachment) from error
             raise
         finally:
             os.close(fd)
-        return Attachment(disk, key, slot, size, row, leased)
+        return attachment
 
-    async def _detach(self, key: DiskKey, attachment: Attachment) -> None:
+    async def _detach(self, _key: DiskKey, attachment: Attachment) -> None:
         """Guest first, then host; every step may be asked for again."""
         slot = attachment.slot
         self._journal.releasing(attachment.row)
-        if not self._sandbox.died.done():
-            eject = requests.GuestRequest("Remove", requests.SCSIDevice(slot.controller, slot.lun))
-            await self._sandbox.request("modify", requests.encode(eject), GUEST_SECONDS)
-            await self._sandbox.unplug_disk(slot)
+        eject = requests.encode(requests.GuestRequest("Remove", requests.SCSIDevice(slot.controller, slot.lun)))
+        await while_alive(self._sandbox, lambda: self._sandbox.request("modify", eject, GUEST_SECONDS))
+        await self._take_out(attachment)
+
+    async def _take_out(self, attachment: Attachment) -> None:
+        """The host's half of a detach."""
+        await while_alive(self._sandbox, lambda: self._sandbox.unplug_disk(attachment.slot))
         if attachment.leased:
-            self._end_lease(key)
-        self._taken.discard(slot)
+            self._end_lease(attachment.key)
+        self._taken.discard(attachment.slot)
         self._journal.release(attachment.row)
 
     def _end_lease(self, key: DiskKey) -> None:
@@ -189,7 +215,18 @@ class Attachments:
         return sorted(found, key=lambda item: item[0].slot)
 
 
-def _add_causes(error: BaseException, causes: list[Exception]) -> None:
+async def while_alive(sandbox: Sandbox, action: Callable[[], Awaitable[object]]) -> None:
+    """Asks a machine to let go of something; one that has died, even meanwhile, has let go of everything."""
+    if sandbox.died.done():
+        return
+    try:
+        await action()
+    except Exception:
+        if not sandbox.died.done():
+            raise
+
+
+def add_causes(error: BaseException, causes: list[Exception]) -> None:
     """What could not be undone is reported with what made the undoing necessary."""
     if causes and isinstance(error, HoldfastError):
         error.causes += tuple(causes)

@@ -7,7 +7,7 @@ The rules that make this safe live here once, for slots, mounts and shares alike
 * One that gives up while waiting holds nothing; if nobody is left, what was made is unmade.
 * A failed unmaking keeps the thing recorded, with its last holder; letting go again goes on from there,
   and nobody joins a thing that is half unmade.
-* So it is with a making that failed and could not be undone (:class:`HalfMade`): the next acquire undoes it first.
+* So it is with a making that failed and could not be undone (:class:`HalfMade`), though nobody holds that.
 """
 
 from __future__ import annotations
@@ -145,18 +145,38 @@ class Counted(Generic[K, V]):
             raise
         del self._entries[key]
 
-    async def settle(self) -> list[Exception]:
-        """Brings to its end what everybody has given up; returns why what is left of it is left."""
+    async def abandon(self, key: K, holder: str) -> None:
+        """Lets go for somebody who will not try again: what could not be unmade is left for :meth:`retry`.
+
+        Raises:
+            Exception: what unmaking raised.
+        """
+        try:
+            await self.release(key, holder)
+        except BaseException:
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.holders.pop(holder, None)
+            raise
+
+    async def retry(self) -> list[Exception]:
+        """Unmakes what is left that nobody holds; returns why what is still left is left."""
         errors: list[Exception] = []
         for key, entry in list(self._entries.items()):
-            if entry.making is not None and not entry.waiting:
-                await asyncio.wait({entry.making})
-            if entry.made and not entry.holders and not entry.waiting and self._entries.get(key) is entry:
+            if entry.broken and not entry.holders and self._entries.get(key) is entry:
                 try:
                     await self._unmade(key, entry)
                 except Exception as error:
                     errors.append(error)
         return errors
+
+    async def settle(self) -> None:
+        """Waits until what everybody has given up while it was made has been unmade, or has failed to be."""
+        for entry in list(self._entries.values()):
+            if entry.making is not None and not entry.waiting:
+                await asyncio.wait({entry.making})
+            if entry.unmaking is not None and not entry.holders:
+                await asyncio.wait({entry.unmaking})
 
     def value(self, key: K) -> V | None:
         """The made thing, or None."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from holdfast.errors import GuestFailed
 from holdfast.spec import guest_requests as requests
-from holdfast.storage.attachments import GUEST_SECONDS, Attachment, Attachments, Disk, DiskKey
-from holdfast.storage.counted import Counted
+from holdfast.storage.attachments import (
+    GUEST_SECONDS,
+    Attachment,
+    Attachments,
+    Disk,
+    DiskKey,
+    add_causes,
+    while_alive,
+)  # fmt: skip
+from holdfast.storage.counted import Counted, HalfMade
 from holdfast.storage.undo import Undo
 
 if TYPE_CHECKING:
@@ -64,12 +73,15 @@ class DiskMounts:
             key = MountKey(attachment.key, partition, tuple(sorted(options)))
             return await self._shared.acquire(key, holder, lambda: self._mount(key, attachment, filesystem))
         except BaseException as error:
-            undo = Undo()
-            undo.push("detach", lambda: self._attachments.detach(attachment, holder))
-            causes = await undo.unwind()
-            if causes and hasattr(error, "causes"):
-                error.causes += tuple(causes)
+            # A task of its own: a second cancellation must not stop it half-way.
+            add_causes(error, await asyncio.shield(asyncio.ensure_future(self._give_up(attachment, holder))))
             raise
+
+    async def _give_up(self, attachment: Attachment, holder: str) -> list[Exception]:
+        await self._shared.settle()  # nobody ejects a disk that the guest is just mounting
+        undo = Undo()
+        undo.push("detach", lambda: self._attachments.abandon(attachment, holder))
+        return await undo.unwind()
 
     async def unmount(self, mount: DiskMount, holder: str) -> None:
         """Lets go of a mounted disk; can be tried again when it fails.
@@ -80,11 +92,21 @@ class DiskMounts:
         await self._shared.release(mount.key, holder)
         await self._attachments.detach(mount.attachment, holder)
 
+    async def retry(self) -> list[Exception]:
+        """Lets go of what is left that nobody holds, mounts before the disks under them; see :meth:`Counted.retry`."""
+        return [*await self._shared.retry(), *await self._attachments.retry()]
+
+    async def settle(self) -> None:
+        """See :meth:`Counted.settle`."""
+        await self._shared.settle()
+        await self._attachments.settle()
+
     async def _mount(self, key: MountKey, attachment: Attachment, filesystem: str) -> DiskMount:
         number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
         self._numbers.add(number)
         path = f"/run/mounts/scsi/m{number}"
         slot = attachment.slot
+        mount = DiskMount(key, attachment, path)
         settings = requests.LCOWMappedVirtualDisk(
             mount_path=path, lun=slot.lun, controller=slot.controller, partition=key.partition,
             read_only=key.disk.read_only, options=key.options, filesystem=filesystem,
@@ -92,23 +114,27 @@ class DiskMounts:
         try:
             request = requests.GuestRequest("Add", settings)
             answer = await self._sandbox.request("modify", requests.encode(request), GUEST_SECONDS)
-        except BaseException:
-            self._numbers.discard(number)
+            if not isinstance(answer, dict) or answer.get("path") != path:
+                raise GuestFailed("mount disk", subject=attachment.disk.path, why="the guest answered with nonsense")
+        except BaseException as error:
+            # It may be mounted all the same: the answer may be what went wrong.
+            undo = Undo()
+            undo.push("unmount disk", lambda: self._unmount(key, mount))
+            causes = await undo.unwind()
+            add_causes(error, causes)
+            if causes:
+                raise HalfMade(error, mount) from error
             raise
-        if not isinstance(answer, dict) or answer.get("path") != path:
-            raise GuestFailed("mount disk", subject=attachment.disk.path, why="the guest answered with nonsense")
-        return DiskMount(key, attachment, path)
+        return mount
 
     async def _unmount(self, key: MountKey, mount: DiskMount) -> None:
         slot = mount.attachment.slot
-        if not self._sandbox.died.done():
-            settings = requests.LCOWMappedVirtualDisk(
-                mount_path=mount.guest_path, lun=slot.lun, controller=slot.controller, partition=key.partition,
-                read_only=key.disk.read_only,
-            )  # fmt: skip
-            await self._sandbox.request(
-                "modify", requests.encode(requests.GuestRequest("Remove", settings)), GUEST_SECONDS
-            )
+        settings = requests.LCOWMappedVirtualDisk(
+            mount_path=mount.guest_path, lun=slot.lun, controller=slot.controller, partition=key.partition,
+            read_only=key.disk.read_only,
+        )  # fmt: skip
+        request = requests.encode(requests.GuestRequest("Remove", settings))
+        await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, GUEST_SECONDS))
         self._numbers.discard(int(mount.guest_path.rpartition("m")[2]))
 
     def path_of(self, attachment: Attachment) -> list[str]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from holdfast.errors import HoldfastError, InvalidInput, NotFound
+from holdfast.errors import InvalidInput, NotFound
 from holdfast.linux import syscalls
 from holdfast.mounts.unmount import remove_mount_point, unmount
 from holdfast.spec import guest_requests as requests
-from holdfast.storage.attachments import GUEST_SECONDS
-from holdfast.storage.counted import Counted
+from holdfast.storage.attachments import GUEST_SECONDS, add_causes, while_alive
+from holdfast.storage.counted import Counted, HalfMade
 from holdfast.storage.undo import Undo
 
 if TYPE_CHECKING:
@@ -75,28 +75,38 @@ class Shares:
         """
         await self._shared.release(share.key, holder)
 
+    async def retry(self) -> list[Exception]:
+        """See :meth:`Counted.retry`."""
+        return await self._shared.retry()
+
+    async def settle(self) -> None:
+        """See :meth:`Counted.settle`."""
+        await self._shared.settle()
+
     async def _add(self, key: ShareKey, file: bool) -> Share:
+        number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
+        row = self._journal.intend(self._pod, "share", key.path, {"number": number, "read_only": key.read_only})
+        self._numbers.add(number)
+        name = os.path.basename(key.path) if file else ""
+        target = f"/run/mounts/shares/m{number}"
+        share = Share(key, number, name, f"{target}/{name}" if name else target, row)
         undo = Undo()
+        undo.push("withdraw share", lambda: self._take_back(share))
         try:
-            number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
-            self._numbers.add(number)
-            undo.push("free number", lambda: self._numbers.discard(number))
-            row = self._journal.intend(self._pod, "share", key.path, {"number": number, "read_only": key.read_only})
-            undo.push("journal", lambda: self._journal.release(row))
-            name = os.path.basename(key.path) if file else ""
-            undo.push("withdraw", lambda: self._withdraw(number, name))
             self._publish(key, number, name)
-            target = f"/run/mounts/shares/m{number}"
+            # The guest may have it mounted even when its answer does not come.
+            undo.push("unmount share", lambda: self._unmount_in_guest(share))
             settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(number), read_only=key.read_only)
             request = requests.encode(requests.GuestRequest("Add", settings))
             await self._sandbox.request("modify", request, GUEST_SECONDS)
             self._journal.hold(row)
         except BaseException as error:
             causes = await undo.unwind()
-            if isinstance(error, HoldfastError):
-                error.causes += tuple(causes)
+            add_causes(error, causes)
+            if causes:
+                raise HalfMade(error, share) from error
             raise
-        return Share(key, number, name, f"{target}/{name}" if name else target, row)
+        return share
 
     def _publish(self, key: ShareKey, number: int, name: str) -> None:
         entry = f"{self._sandbox.export}/{number}"
@@ -123,11 +133,17 @@ class Shares:
 
     async def _remove(self, _key: ShareKey, share: Share) -> None:
         self._journal.releasing(share.row)
-        if not self._sandbox.died.done():
-            target = f"/run/mounts/shares/m{share.number}"
-            settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(share.number))
-            request = requests.encode(requests.GuestRequest("Remove", settings))
-            await self._sandbox.request("modify", request, GUEST_SECONDS)
+        await self._unmount_in_guest(share)
+        self._take_back(share)
+
+    async def _unmount_in_guest(self, share: Share) -> None:
+        target = f"/run/mounts/shares/m{share.number}"
+        settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(share.number))
+        request = requests.encode(requests.GuestRequest("Remove", settings))
+        await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, GUEST_SECONDS))
+
+    def _take_back(self, share: Share) -> None:
+        """The host's half of a removal; what stays published keeps its number and its line in the journal."""
         self._withdraw(share.number, share.file)
         self._numbers.discard(share.number)
         self._journal.release(share.row)
