@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.spec.default import CAPABILITIES
 from tests.image_archives import entry, tar
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ def make_bundle(folder: Path, args: Sequence[str], **changes: Any) -> Path:
             "args": list(args),
             "env": ["PATH=/bin"],
             "user": {"uid": 0, "gid": 0},
+            "capabilities": {kind: [*CAPABILITIES] for kind in ("bounding", "effective", "permitted")},
         },
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},

@@ -5,7 +5,7 @@ Fixtures:
     rich_tree     what umoci unpacks of RICH
     pod           an empty pod of the test's own
     shared_pod    an empty pod that the tests of a module share, for what does no harm to each other
-    own_data      a data folder of the test's own with the same guest, for templates and verdicts to be harmed
+    own_data      a data folder of the test's own with the same guest and images, for templates and verdicts to be harmed
 """
 
 from __future__ import annotations
@@ -65,8 +65,15 @@ def shared_pod(data: Path, run_folder: Path, request: pytest.FixtureRequest) -> 
 @pytest.fixture
 def own_data(data: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    folder.mkdir()
-    os.symlink(data / "guests", folder / "guests")
+    for guest in (data / "guests").glob("[0-9a-f]*"):
+        target = folder / "guests" / guest.name
+        target.mkdir(parents=True)
+        for name in ("kernel", "initrd", "root.erofs"):
+            os.link(guest / name, target / name)
+        record = (guest / "guest.json").read_text()
+        (target / "guest.json").write_text(record.replace(str(data), str(folder)))
     for name in ("accelerator.json", "qemu-version"):
         (folder / name).write_bytes((data / name).read_bytes())
+    for name in ("images", "layers", "scratch"):
+        os.symlink(data / name, folder / name)
     return folder

@@ -98,6 +98,8 @@ def _fail(error: Exception, line: CommandLine | None, words: list[str]) -> int:
     found = from_exception(error)
     if found.code == "internal" and not found.hint:
         found.hint = "this is a fault of Holdfast; --debug says where"
+    if os.geteuid() and not found.hint and (isinstance(error, PermissionError) or found.code == "journal-unusable"):
+        found.hint = "pods are root's: try it with sudo"
     try:
         if line.debug if line else "--debug" in words:
             import traceback

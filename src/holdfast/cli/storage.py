@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from holdfast.cli.options import AttachOptions, CommandLine, DetachOptions, StorageOptions
     from holdfast.cli.output import Output
 
+#: What ``attach`` attached is held under names that begin so.
+_BY_REQUEST = "attach:"
+
 
 def show(command: StorageOptions, line: CommandLine, output: Output) -> int:
     """``storage``: a tree for a terminal, a table for a pipe, everything with ``--json``."""
@@ -50,6 +53,13 @@ def _kind(disk: dict[str, Any]) -> str:
     return disk["kind"] if disk["format"] == "raw" else f"{disk['kind']} ({disk['format']})"
 
 
+def _file(disk: dict[str, Any]) -> str:
+    """The file's path; of a layer's, whose name is one digest or two, the beginning."""
+    folder, _, name = disk["file"].rpartition("/")
+    path: str = disk["file"]
+    return f"{folder}/{name[:12]}….erofs" if disk["kind"] == "layer" and len(name) > 32 else path
+
+
 def _tree(found: dict[str, Any], output: Output) -> None:
     """The picture: pod -> slot -> file -> who holds it and where the guest has it."""
     from rich.console import Console
@@ -63,11 +73,11 @@ def _tree(found: dict[str, Any], output: Output) -> None:
     disks = tree.add(text((f"disks ({found['free_slots']} SCSI slots free)", "bold")))
     for disk in found["attachments"]:
         branch = disks.add(
-            text((disk["slot"], "cyan"), ("  ", ""), (disk["file"], ""), ("  ", ""), _access(disk),
+            text((disk["slot"], "cyan"), ("  ", ""), (_file(disk), ""), ("  ", ""), _access(disk),
                  (f"  {_kind(disk)}  {shown.size(disk['size_bytes'])}", "dim"))
         )  # fmt: skip
         branch.add(text((", ".join(disk["holders"]), "magenta"), (" at ", "dim"), (" ".join(disk["guest_paths"]), "")))
-    shares = tree.add(text(("shares (9p)", "bold")))
+    shares = tree.add(text((f"shares ({len(found['shares'])}, over 9p)", "bold")))
     for share in found["shares"]:
         branch = shares.add(
             text((str(share["share"]), "cyan"), ("  ", ""), (share["path"], ""), ("  ", ""), _access(share),
@@ -125,22 +135,23 @@ def detach(command: DetachOptions, line: CommandLine, output: Output) -> int:
 
 
 def _resolve(target: str, found: dict[str, Any]) -> str:
-    """The guest's path of what ``target`` names there or on the host; of a host path shown twice, the first.
+    """The guest's path of what ``target`` names there or on the host; what a container holds is not looked for first.
 
     Raises:
         NotFound: nothing of that name is in the pod.
     """
-    known: list[tuple[str, str]] = [
-        (disk["file"], path) for disk in found["attachments"] for path in disk["guest_paths"]
+    things: list[tuple[str, str, list[str]]] = [
+        (disk["file"], path, disk["holders"]) for disk in found["attachments"] for path in disk["guest_paths"]
     ]
-    known += [(share["path"], share["guest_path"]) for share in found["shares"]]
-    if any(target == path for _, path in known):
+    things += [(share["path"], share["guest_path"], share["holders"]) for share in found["shares"]]
+    if any(target == path for _, path, _ in things):
         return target
-    here = os.path.abspath(target)
-    for host, path in known:
-        if host in (here, target) or os.path.realpath(host) == os.path.realpath(here):
-            return path
-    raise NotFound(
-        "detach", subject=target, why="the pod has nothing of it", code="not-attached",
-        hint=f"holdfast storage {found['pod']} shows what it has",
-    )  # fmt: skip
+    here = os.path.realpath(target)
+    matching = [(path, holders) for host, path, holders in things if target == host or here == os.path.realpath(host)]
+    if not matching:
+        raise NotFound(
+            "detach", subject=target, why="the pod has nothing of it", code="not-attached",
+            hint=f"holdfast storage {found['pod']} shows what it has",
+        )  # fmt: skip
+    by_request = [path for path, holders in matching if any(name.startswith(_BY_REQUEST) for name in holders)]
+    return (by_request or [path for path, _ in matching])[0]

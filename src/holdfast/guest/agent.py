@@ -83,12 +83,18 @@ class Agent:
                 data = os.read(self._fd, 65536)
             except BlockingIOError:
                 data = b""
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        while True:
             try:
                 for incoming in self._mux.feed(data):
                     self._dispatch(incoming)
+                return
             except ProtocolError as error:
                 # The host is not expected to break the protocol: say so on the console and go on with what follows.
                 _say(error)
+                data = b""
 
     def _dispatch(self, incoming: Incoming) -> None:
         kind, channel = incoming.kind, incoming.channel

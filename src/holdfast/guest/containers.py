@@ -28,10 +28,12 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 class Process:
     """One process of a container with its stdio."""
 
-    def __init__(self, key: str, pid: int, terminal_fd: int) -> None:
+    def __init__(self, key: str, pid: int, terminal_fd: int, mux: Mux) -> None:
         self.key = key
         self.pid = pid
         self.terminal_fd = terminal_fd
+        self.mux = mux
+        self.channels: set[int] = set()
         self.input: Input | None = None
         self.outputs: list[Output] = []
         self.status: int | None = None
@@ -96,7 +98,7 @@ class Containers:
         with open(f"{bundle}/config.json", "w") as file:
             json.dump(spec, file)
         argv = ["run", "--detach", "--bundle", bundle]
-        return (yield from self._launch(mux, name, bundle, argv, [name], params, bool(spec["process"].get("terminal"))))
+        return (yield from self._launch(mux, name, bundle, argv, [name], params, spec["process"]))
 
     def exec(self, mux: Mux, params: dict[str, Any]) -> Task:
         """Task: runs a process in a running container; returns ``{"pid": n}``."""
@@ -115,11 +117,13 @@ class Containers:
         with open(f"{folder}/process.json", "w") as file:
             json.dump(process, file)
         argv = ["exec", "--detach", "--process", f"{folder}/process.json"]
-        return (yield from self._launch(mux, key, folder, argv, [container], params, bool(process.get("terminal"))))
+        return (yield from self._launch(mux, key, folder, argv, [container], params, process))
 
     def _launch(
-        self, mux: Mux, key: str, folder: str, argv: list[str], tail: list[str], params: dict[str, Any], terminal: bool
-    ) -> Task:
+        self, mux: Mux, key: str, folder: str, argv: list[str], tail: list[str], params: dict[str, Any],
+        program: dict[str, Any],
+    ) -> Task:  # fmt: skip
+        terminal, command_name = bool(program.get("terminal")), str(program["args"][0])
         log, pid_file = f"{folder}/log", f"{folder}/pid"
         command = [
             self._runtime, "--root", _STATE, "--cgroup-manager=cgroupfs", "--log", log, "--log-format", "json",
@@ -132,12 +136,12 @@ class Containers:
                 command += ["--console-socket", f"{folder}/tty"]
             status = yield from self._children.run(command + tail, *stdio.child)
             if status != 0:
-                raise _failure(log, stdio)
+                raise _failure(log, command_name)
             stdio.close_child()
             terminal_fd = _receive_fd(listener) if listener is not None else -1
             with open(pid_file) as file:
-                process = Process(key, int(file.read()), terminal_fd)
-            self._connect(mux, process, stdio, params)
+                process = Process(key, int(file.read()), terminal_fd, mux)
+            self._connect(process, stdio, params)
         finally:
             stdio.close()
             if listener is not None:
@@ -146,7 +150,7 @@ class Containers:
         self._children.on_exit(process.pid, lambda status: self._ended(process, status))
         return {"pid": process.pid}
 
-    def _connect(self, mux: Mux, process: Process, stdio: Stdio, params: dict[str, Any]) -> None:
+    def _connect(self, process: Process, stdio: Stdio, params: dict[str, Any]) -> None:
         stdin, stdout, stderr = (int(params.get(name) or 0) for name in ("stdin", "stdout", "stderr"))
         outputs = []
         if process.terminal_fd >= 0:
@@ -157,6 +161,10 @@ class Containers:
             input_fd, *readers = stdio.ours
             outputs = list(zip(readers, (stdout, stderr), strict=True))
             stdio.ours = []
+        mux = process.mux
+        process.channels = {channel for _, channel in outputs} | ({stdin} if input_fd >= 0 else set())
+        for channel in process.channels:
+            mux.open(channel)
         if input_fd >= 0:
             process.input = Input(self._loop, mux, input_fd, stdin)
         for fd, channel in outputs:
@@ -176,6 +184,8 @@ class Containers:
             return
         if self._processes.pop(process.key, None) is None:
             return
+        for channel in process.channels:
+            process.mux.close(channel)
         if process.terminal_fd >= 0:
             os.close(process.terminal_fd)
         status = process.status
@@ -316,17 +326,20 @@ def _log_text(log: str) -> str:
     return "the runtime failed and said nothing"
 
 
-def _failure(log: str, stdio: Stdio) -> Exception:
+def _failure(log: str, name: str) -> Exception:
     """The runtime's failure as an error: not found and not executable have exit statuses of their own."""
     text = _log_text(log)
     if "found in $PATH" in text or ("executable file" in text and "not found" in text):
-        return CommandNotFound("start container", why=text, hint="is the command in the image, and its folder in PATH?")
+        hint = "is the command in the image, and its folder in PATH?"
+        return CommandNotFound("start", subject=name, why=text, hint=hint)
     lowered = text.lower()
     if "exec" in lowered and "no such file or directory" in lowered:
-        return CommandNotFound("start container", why=text, hint="is the command, or its interpreter, in the image?")
-    if "exec" in lowered and any(part in lowered for part in ("permission denied", "format error", "is a directory")):
-        return CommandNotExecutable("start container", why=text, hint="is it executable, and for this architecture?")
-    return GuestFailed("start container", why=text, code="runtime-failed")
+        return CommandNotFound("start", subject=name, why=text, hint="is the command, or its interpreter, in the image?")
+    # EPERM is how crun reports that what is to be executed is no regular file.
+    refusals = ("permission denied", "format error", "is a directory", "open executable: operation not permitted")
+    if "exec" in lowered and any(part in lowered for part in refusals):
+        return CommandNotExecutable("start", subject=name, why=text, hint="is it executable, and for this architecture?")
+    return GuestFailed("start container", subject=name, why=text, code="runtime-failed")
 
 
 def _name(params: dict[str, Any], key: str) -> str:

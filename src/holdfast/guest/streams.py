@@ -1,4 +1,7 @@
-"""Pumps between a process's stdio and the connection's streams, within the credit of each."""
+"""Pumps between a process's stdio and the connection's streams, within the credit of each.
+
+Whoever makes them has opened the streams; a terminal's two directions are one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,6 @@ class Output:
         self._ended = ended
         self._draining = False
         os.set_blocking(fd, False)
-        mux.open(channel)
         self.pump()
 
     def pump(self) -> None:
@@ -90,7 +92,6 @@ class Input:
         self._pending = bytearray()
         self._eof = False
         os.set_blocking(fd, False)
-        mux.open(channel)
 
     def feed(self, data: bytes) -> None:
         """Bytes from the peer; credit goes back as the process takes them."""

@@ -48,7 +48,7 @@ def qemu_version() -> str:
         done = subprocess.run([QEMU, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except FileNotFoundError:
         raise NotFound("find QEMU", subject=QEMU, code="qemu-not-found", hint="apt install qemu-system-x86") from None
-    except subprocess.SubprocessError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise HoldfastError("ask QEMU for its version", subject=QEMU, why=error) from None
     return done.stdout.splitlines()[0] if done.stdout else "unknown"
 

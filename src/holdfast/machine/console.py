@@ -39,12 +39,17 @@ class Console:
         self._written += os.write(self._log_fd, data)
 
     def last_lines(self, count: int = 6) -> str:
-        """The last lines printed, joined by `` | ``; control characters are left out."""
+        """The last lines printed, joined by `` | ``; control characters are left out.
+
+        After a panic the reason stands first: what follows it is registers.
+        """
         while self._reader_fd >= 0 and self._available():
             self._read()
         text = self._tail.decode("utf-8", "replace")
         lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
-        return " | ".join([line for line in lines if line][-count:])
+        lines = [line for line in lines if line]
+        panics = [line for line in lines[:-count] if "Kernel panic" in line]
+        return " | ".join([*panics[-1:], *lines[-count:]])
 
     def _available(self) -> bool:
         import select

@@ -152,7 +152,8 @@ async def ensure(data: Path, config: MachineConfig, say: Callable[[str], None]) 
         try:
             return load(data, config.key)
         except NotFound:
-            pass
+            if (folder / config.key).is_dir():  # without a record it is none, but it is in the way
+                _discard(folder / config.key)
         except Corrupt:
             _discard(folder / config.key)
         for leftover in folder.glob(f".{config.key}.new-*"):

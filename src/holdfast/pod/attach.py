@@ -34,7 +34,7 @@ class HotAttach:
         if step is None:
             raise InvalidInput("attach", subject=mount.type, why="only disks and host directories can be attached")
         self._count += 1
-        holder = f"attach{self._count}"
+        holder = f"attach:{self._count}"  # no container can have a colon in its name
         held = await self._engine.prepare(holder, (step,))
         path = held.paths[step.id]
         self._holders[holder] = path

@@ -52,11 +52,12 @@ class Client:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(root / "pods" / pod / "monitor.sock"))
-        except OSError as error:
+        except OSError:
             sock.close()
             dead = (root / "pods" / pod).is_dir()
             raise NotFound(
-                "find pod", subject=pod, code="pod-not-found", why="its monitor is dead" if dead else error,
+                "find pod", subject=pod, code="pod-not-found",
+                why="its monitor is dead" if dead else "there is none of that name",
                 hint="holdfast gc lets go of what it left" if dead else "holdfast ps lists the pods",
             ) from None  # fmt: skip
         return cls(sock)

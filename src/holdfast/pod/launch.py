@@ -70,8 +70,15 @@ def launch(request: PodRequest) -> Client:
         with theirs:
             _spawn(request, lock_fd, theirs.fileno())
         return Client(ours)
+    except BaseException:
+        with Journal(root) as journal:
+            os.close(lock_fd)
+            lock_fd = -1
+            journal.collect(request.name)  # no, if the monitor has started: then it owns the pod
+        raise
     finally:
-        os.close(lock_fd)
+        if lock_fd >= 0:
+            os.close(lock_fd)
 
 
 def _reserve(journal: Journal, folder: Path) -> int:

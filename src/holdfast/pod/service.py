@@ -94,6 +94,8 @@ class Service:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         server.close()
+        # What is being done for somebody is undone while the machine still lives.
+        await asyncio.gather(*(client.stop_serving() for client in list(self._clients)))
         errors = await self._tear_down()
         self._journal.forget_pod(self._config.name)
         self._journal.close()
@@ -167,9 +169,7 @@ class Service:
             )  # fmt: skip
         data = Path(config.data)
         version = accelerator.cached_qemu_version(data)
-        guest = guest_image.find(data)
-        if guest is None:
-            guest = await asyncio.to_thread(guest_image.ensure, data, progress=say)
+        guest = guest_image.find(data) or await _build_guest(data, say)
         verdict = await accelerator.choose(data, guest, version, say)
         machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version)
         self._machine_config = machine
@@ -286,3 +286,13 @@ def _convert(params: dict[str, Any], kind: Any) -> Any:
         return msgspec.convert(params, kind)
     except msgspec.ValidationError as error:
         raise InvalidInput("read request", why=error, code="malformed-request") from None
+
+
+async def _build_guest(data: Path, say: Callable[[str], None]) -> guest_image.GuestImage:
+    """Builds the guest in a thread, whose words reach the loop as the loop's own calls."""
+    loop = asyncio.get_running_loop()
+
+    def progress(text: str) -> None:
+        loop.call_soon_threadsafe(say, text)
+
+    return await asyncio.to_thread(guest_image.ensure, data, progress=progress)

@@ -22,7 +22,7 @@ K = TypeVar("K", bound="Hashable")
 V = TypeVar("V")
 
 
-class HalfMade(Exception):  # noqa: N818 - says what is left, and never reaches a user
+class HalfMade(Exception):
     """Raised by a ``make`` that failed and whose undoing failed too.
 
     Args:

@@ -8,12 +8,13 @@ could not let go of; the next try goes on from there.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import InUse
 from holdfast.spec import guest_requests as requests
 from holdfast.storage import scratch as scratch_disks
-from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk
+from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk, add_causes, while_alive
 from holdfast.storage.disk_mounts import DiskMounts
 from holdfast.storage.plan import PodSnapshot
 from holdfast.storage.shares import ShareKey, Shares
@@ -52,6 +53,9 @@ class Held:
         self.holder = holder
         self.paths: dict[str, str] = {}
         self.undo = Undo()
+        self.failed = False
+        self.work: asyncio.Task[None]
+        self.releasing: asyncio.Task[list[Exception]] | None = None
 
 
 class Engine:
@@ -77,32 +81,44 @@ class Engine:
             (attachment.key.device, attachment.key.inode): not attachment.key.read_only
             for attachment, _ in self.attachments.items()
         }
-        return PodSnapshot(self.attachments.free, frozenset(self._held), disks)
+        layers = frozenset(a.disk.path for a, _ in self.attachments.items() if a.disk.kind == "layer")
+        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers)
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
         """Carries out the storage steps of a plan for ``holder``.
 
         Raises:
+            InUse: ``holder`` holds something already.
             HoldfastError: a step failed; everything done before it has been undone, and what could not be is
                 among the error's causes.
         """
+        earlier = self._held.get(holder)
+        if earlier is not None and earlier.failed:
+            await self.release(holder)
+        if holder in self._held:
+            raise InUse("prepare storage", subject=holder, why="it holds some already", code="holder-in-use")
         held = self._held[holder] = Held(holder)
+        # A task of its own, so that what it acquires in the moment of a cancellation is released too.
+        held.work = asyncio.ensure_future(self._acquire(held, steps))
         try:
-            parallel = [
-                step for step in steps if isinstance(step, MountLayer | MakeScratch | MountDisk | ShareDirectory)
-            ]
-            await self._all(held, parallel)
-            for step in steps:
-                if isinstance(step, CombineLayers):
-                    await self._combine(held, step)
+            await asyncio.shield(held.work)
         except BaseException as error:
-            errors = await held.undo.unwind()
-            if held.undo.empty:
-                del self._held[holder]
-            if errors and isinstance(error, HoldfastError):
-                error.causes += tuple(errors)
+            held.failed = True
+            held.work.cancel()
+            add_causes(error, await asyncio.shield(self._letting_go(held)))
             raise
+        if held.releasing is not None or self._held.get(holder) is not held:
+            raise InUse("prepare storage", subject=holder, why="it was released meanwhile", code="released")
         return held
+
+    async def _acquire(self, held: Held, steps: tuple[AnyStep, ...]) -> None:
+        await self.disks.retry()
+        await self.shares.retry()
+        parallel = [step for step in steps if isinstance(step, MountLayer | MakeScratch | MountDisk | ShareDirectory)]
+        await self._all(held, parallel)
+        for step in steps:
+            if isinstance(step, CombineLayers):
+                await self._combine(held, step)
 
     async def _all(self, held: Held, steps: list[Any]) -> None:
         """Does independent steps side by side; the first failure is raised when all have come to an end."""
@@ -130,8 +146,7 @@ class Engine:
                 disk = Disk(step.path, "layer", read_only=True)
                 await self._mount_disk(held, step.id, disk, filesystem="erofs")
             case MakeScratch():
-                prepared = await asyncio.to_thread(scratch_disks.prepare, self._data, step.size_bytes)
-                fd = await asyncio.to_thread(scratch_disks.copy, prepared)
+                fd = await _new_scratch(self._data, step.size_bytes)
                 disk = Disk(f"scratch of {held.holder}", "scratch", read_only=False)
                 await self._mount_disk(held, step.id, disk, filesystem="ext4", opened=lambda: fd)
             case MountDisk():
@@ -173,16 +188,16 @@ class Engine:
             layers=tuple(requests.Layer(path=held.paths[layer]) for layer in step.layers),
             scratch_path=held.paths[step.scratch] if step.scratch else "",
         )  # fmt: skip
-        await self._guest("Add", settings)
+        # Before it is done: the guest may have done it even when its answer does not come.
         held.undo.push("root filesystem", lambda: self._uncombine(settings))
+        await self._guest("Add", settings)
         held.paths[step.id] = root
 
     async def _uncombine(self, settings: requests.LCOWCombinedLayers) -> None:
-        if not self._sandbox.died.done():
-            only_path = requests.LCOWCombinedLayers(
-                container_id=settings.container_id, container_root_path=settings.container_root_path
-            )
-            await self._guest("Remove", only_path)
+        only_path = requests.LCOWCombinedLayers(
+            container_id=settings.container_id, container_root_path=settings.container_root_path
+        )
+        await while_alive(self._sandbox, lambda: self._guest("Remove", only_path))
 
     async def _guest(self, action: requests.RequestType, settings: requests.Settings) -> Any:
         request = requests.encode(requests.GuestRequest(action, settings))
@@ -214,10 +229,28 @@ class Engine:
         held = self._held.get(holder)
         if held is None:
             return
-        errors = await held.undo.unwind()
+        errors = await asyncio.shield(self._letting_go(held))
         if errors:
             raise not_released("release storage", holder, errors)
-        del self._held[holder]
+
+    def _letting_go(self, held: Held) -> asyncio.Task[list[Exception]]:
+        """Who releases at the same time shares the outcome; who gives up waiting for it does not stop it."""
+        if held.releasing is None:
+            held.releasing = asyncio.ensure_future(self._let_go(held))
+        return held.releasing
+
+    async def _let_go(self, held: Held) -> list[Exception]:
+        try:
+            await asyncio.wait({held.work})
+            errors = await held.undo.unwind()
+            if held.failed:  # what was given up while it was made
+                await self.disks.settle()
+                await self.shares.settle()
+        finally:
+            held.releasing = None
+        if held.undo.empty:
+            del self._held[held.holder]
+        return errors
 
     def describe(self) -> dict[str, Any]:
         """Everything the pod holds: attachments by slot, shares by number; for ``holdfast storage``."""
@@ -246,3 +279,18 @@ class Engine:
             for s, holders in self.shares.items()
         ]
         return {"pod": self._pod, "attachments": attachments, "shares": shares, "free_slots": self.attachments.free}
+
+
+async def _new_scratch(data: Path, size_bytes: int) -> int:
+    """Makes a scratch disk in a thread; the caller owns the descriptor, and nobody does if it is not there any more."""
+    made = asyncio.ensure_future(asyncio.to_thread(lambda: scratch_disks.copy(scratch_disks.prepare(data, size_bytes))))
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(_close_result)
+        raise
+
+
+def _close_result(made: asyncio.Task[int]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        os.close(made.result())

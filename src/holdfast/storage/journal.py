@@ -14,6 +14,8 @@ as long as its monitor lives, and that is asked of the kernel: the monitor holds
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 import msgspec
 
-from holdfast.errors import HoldfastError, InUse, NotFound
+from holdfast.errors import HoldfastError, InUse, NotFound, NotReleased
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -122,7 +124,8 @@ class Journal:
         except OSError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, so that two who ask at the same time do not take each other for the monitor.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         else:
@@ -146,20 +149,25 @@ class Journal:
 
         The lock is held meanwhile, so that of two collectors one does it.
         """
-        try:
-            fd = os.open(self.pods_folder / name / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            self.forget_pod(name)
-            return True
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            self.forget_pod(name)
-            return True
-        finally:
-            os.close(fd)
+        path = self.pods_folder / name / "lock"
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                self.forget_pod(name)
+                return True
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _is_at(fd, path):  # collected since it was opened, and perhaps the lock of a new pod is there
+                    continue
+                self.forget_pod(name)
+                return True
+            except BlockingIOError:
+                if self.is_alive(name):
+                    return False
+                # It was only somebody who asked whether the pod is alive.
+            finally:
+                os.close(fd)
 
     # -- what is held -------------------------------------------------------------------------
 
@@ -236,6 +244,13 @@ class Journal:
         return [{"path": path, "pod": pod, "writable": bool(writable)} for path, pod, writable in rows]
 
 
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _remove_pod_folder(folder: Path) -> None:
     """Removes a pod's folder: its files, and the empty mount point in it.
 
@@ -246,9 +261,23 @@ def _remove_pod_folder(folder: Path) -> None:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
         return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
-    os.rmdir(folder)
+    # The lock goes last: as long as it is there, nobody takes the name and nobody else removes anything.
+    for entry in sorted(entries, key=lambda entry: entry.name == "lock"):
+        with contextlib.suppress(FileNotFoundError):
+            _remove_entry(entry)
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno == errno.ENOENT or (folder / "lock").exists():  # gone, or already the folder of a new pod
+            return
+        raise NotReleased("remove pod's folder", subject=folder, why=error, code="pod-folder-busy") from None
+
+
+def _remove_entry(entry: os.DirEntry[str]) -> None:
+    remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
+    try:
+        remove(entry.path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise NotReleased("remove pod's folder", subject=entry.path, why=error, code="pod-folder-busy") from None

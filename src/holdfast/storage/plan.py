@@ -13,6 +13,7 @@ import msgspec
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.mounts import options as mount_options
 from holdfast.spec.runtime import DISK_TYPES, Mount, Spec
+from holdfast.storage.scratch import whole_blocks
 from holdfast.storage.steps import (
     AnyStep,
     CombineLayers,
@@ -63,11 +64,13 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         free_slots: SCSI slots left.
         containers: names in use.
         disks: (device, inode) of attached disks -> whether writable.
+        layers: paths of attached layers.
     """
 
     free_slots: int = 256
     containers: frozenset[str] = frozenset()
     disks: dict[tuple[int, int], bool] = {}
+    layers: frozenset[str] = frozenset()
 
 
 def plan_container(
@@ -113,12 +116,14 @@ def _root_steps(root: LayeredRoot | DirectoryRoot, sources: dict[str, Source]) -
             raise NotFound("share root filesystem", subject=root.path, why=source.why or f"it is a {source.kind}")
         share = ShareDirectory("root", root.path, source.device, source.inode, root.read_only)
         return [share], "root"
-    steps: list[AnyStep] = [
-        MountLayer(f"layer{index}", path, diff_id) for index, (path, diff_id) in enumerate(root.layers)
-    ]
+    if not root.layers:
+        raise InvalidInput("plan container", why="its root filesystem has no layers", code="no-layers")
+    # A layer that is there twice (empty ones are) hides itself where it is lower, and overlayfs refuses to have both.
+    layers = dict.fromkeys(root.layers)
+    steps: list[AnyStep] = [MountLayer(f"layer{index}", path, diff_id) for index, (path, diff_id) in enumerate(layers)]
     layer_ids = tuple(step.id for step in steps)
     if root.scratch_bytes:
-        steps.append(MakeScratch("scratch", root.scratch_bytes))
+        steps.append(MakeScratch("scratch", whole_blocks(root.scratch_bytes)))
     scratch = "scratch" if root.scratch_bytes else ""
     steps.append(CombineLayers("root", layer_ids, scratch, root.mode, root.uid, root.gid))
     return steps, "root"
@@ -234,7 +239,7 @@ def _guest_options(mount: Mount) -> tuple[str, ...]:
 def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
     """One writer, and slots enough, before anything is touched."""
     modes: dict[tuple[int, int], bool] = dict(pod.disks.items())
-    slots = sum(isinstance(step, MountLayer | MakeScratch | MountDisk) for step in steps)
+    slots = _slots_needed(steps, pod)
     if slots > pod.free_slots:
         raise Exhausted(
             "plan container", why=f"{slots} disks needed, {pod.free_slots} SCSI slots free", code="no-free-slot",
@@ -250,6 +255,13 @@ def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
                 "plan container", subject=step.path, why="it would be open for writing and a second time",
                 code="disk-in-use", hint="one writer, or any number of readers",
             )  # fmt: skip
+
+
+def _slots_needed(steps: list[AnyStep], pod: PodSnapshot) -> int:
+    """What is attached already, and what several steps attach, takes no slot of its own."""
+    layers = {step.path for step in steps if isinstance(step, MountLayer)} - pod.layers
+    disks = {(step.device, step.inode) for step in steps if isinstance(step, MountDisk)} - set(pod.disks)
+    return len(layers) + len(disks) + sum(isinstance(step, MakeScratch) for step in steps)
 
 
 def _times(steps: list[AnyStep], disk: MountDisk) -> int:

@@ -13,7 +13,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
+from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound, TimedOut
 from holdfast.linux import syscalls
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MIN_BYTES = 16 << 20
 MAX_BYTES = 16 << 40
 DEFAULT_BYTES = 10 << 30
 _MKE2FS = "/sbin/mke2fs"
+_MKE2FS_SECONDS = 120
 #: No journal: the disk does not outlive its container, so there is nothing to recover.  Inode tables are
 #: written when they are used first, which keeps the file, and with it every copy, small.
 _OPTIONS = (
@@ -39,18 +40,29 @@ _OPTIONS = (
 )
 
 
+def whole_blocks(size_bytes: int) -> int:
+    """The size that a scratch disk really gets.
+
+    Raises:
+        InvalidInput: it is out of range.
+    """
+    rounded = -(-size_bytes // 4096) * 4096
+    if not MIN_BYTES <= rounded <= MAX_BYTES:
+        raise InvalidInput(
+            "make scratch disk", subject=f"{size_bytes} bytes", why="it must be 16M to 16T", code="scratch-size"
+        )
+    return rounded
+
+
 def prepare(data: Path, size_bytes: int) -> Path:
     """The formatted file to copy for scratch disks of a size; made if it is not there.
 
     Raises:
         InvalidInput: the size is out of range.
         NotFound: mke2fs is not installed.
+        Exhausted: the host's disk is full.
     """
-    size_bytes = -(-size_bytes // 4096) * 4096
-    if not MIN_BYTES <= size_bytes <= MAX_BYTES:
-        raise InvalidInput(
-            "make scratch disk", subject=f"{size_bytes} bytes", why="it must be 16M to 16T", code="scratch-size"
-        )
+    size_bytes = whole_blocks(size_bytes)
     folder = data / "scratch"
     path = folder / f"{size_bytes}.ext4"
     if path.exists():
@@ -60,14 +72,24 @@ def prepare(data: Path, size_bytes: int) -> Path:
     try:
         os.ftruncate(fd, size_bytes)
         done = subprocess.run(
-            [_MKE2FS, *_OPTIONS, f"/proc/self/fd/{fd}"], pass_fds=[fd], capture_output=True, text=True, timeout=120
+            [_MKE2FS, *_OPTIONS, f"/proc/self/fd/{fd}"], pass_fds=[fd], capture_output=True, text=True,
+            env={**os.environ, "LC_ALL": "C"}, timeout=_MKE2FS_SECONDS,
         )  # fmt: skip
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise _full(folder)
         if done.returncode:
             raise HoldfastError("format scratch disk", subject=path, why=done.stderr.strip(), code="scratch-failed")
+        os.fsync(fd)  # the name must not survive a crash of the host that the contents do not
         with contextlib.suppress(FileExistsError):  # somebody else was faster, with the same bytes in it
             _give_name(fd, path)
     except FileNotFoundError:
         raise NotFound("find mke2fs", subject=_MKE2FS, hint="apt install e2fsprogs", code="tool-not-found") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _full(folder) from None
+        raise
+    except subprocess.TimeoutExpired:
+        raise TimedOut("format scratch disk", subject=path, why=f"not done within {_MKE2FS_SECONDS} s") from None
     finally:
         os.close(fd)
     return path
@@ -116,7 +138,10 @@ def _copy_data(source: int, target: int) -> None:
             raise
         end = os.lseek(source, start, os.SEEK_HOLE)
         while start < end:
-            start += os.copy_file_range(source, target, end - start, start, start)
+            count = os.copy_file_range(source, target, end - start, start, start)
+            if not count:
+                raise OSError(errno.EIO, "the prepared disk became shorter")
+            start += count
 
 
 def _unnamed(folder: Path) -> int:

@@ -94,8 +94,9 @@ class Shares:
         undo.push("withdraw share", lambda: self._take_back(share))
         try:
             self._publish(key, number, name)
-            # The guest may have it mounted even when its answer does not come.
-            undo.push("unmount share", lambda: self._unmount_in_guest(share))
+            # The guest may have it mounted even when its answer does not come: from here on undoing is removing.
+            undo.forget()
+            undo.push("remove share", lambda: self._remove(key, share))
             settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(number), read_only=key.read_only)
             request = requests.encode(requests.GuestRequest("Add", settings))
             await self._sandbox.request("modify", request, GUEST_SECONDS)
@@ -133,14 +134,11 @@ class Shares:
 
     async def _remove(self, _key: ShareKey, share: Share) -> None:
         self._journal.releasing(share.row)
-        await self._unmount_in_guest(share)
-        self._take_back(share)
-
-    async def _unmount_in_guest(self, share: Share) -> None:
         target = f"/run/mounts/shares/m{share.number}"
         settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(share.number))
         request = requests.encode(requests.GuestRequest("Remove", settings))
         await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, GUEST_SECONDS))
+        self._take_back(share)
 
     def _take_back(self, share: Share) -> None:
         """The host's half of a removal; what stays published keeps its number and its line in the journal."""

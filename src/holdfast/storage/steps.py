@@ -47,7 +47,8 @@ class CombineLayers(Step, frozen=True, tag="overlay"):
 
     def describe(self) -> str:
         top = "writable" if self.scratch else "read-only"
-        return f"combine {len(self.layers)} layers into a {top} root filesystem"
+        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        return f"combine {layers} into a {top} root filesystem"
 
 
 class MountDisk(Step, frozen=True, tag="disk"):

@@ -6,6 +6,7 @@ so that a path swapped in between is not followed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -35,7 +36,7 @@ class Source(msgspec.Struct, frozen=True):
         disk_format: of a file used as a disk: ``raw`` or ``qcow2``; ``qcow2 with another file`` is one that
             refers to a further file, which Holdfast does not open.
         filesystem: on a raw disk; empty when none is recognised or the format hides it.
-        mounted: a block device that the host itself has mounted.
+        mounted: a block device that the host itself uses: it, or a part of it, is mounted, swapped to, or in an array.
     """
 
     path: str
@@ -51,8 +52,9 @@ class Source(msgspec.Struct, frozen=True):
 
 def survey(mounts: tuple[Mount, ...], disk_types: tuple[str, ...]) -> dict[str, Source]:
     """Everything that ``mounts`` bind or plug in, by the path as written."""
+    disks = {mount.source for mount in mounts if mount.kind in disk_types}
     return {
-        mount.source: look(mount.source, as_disk=mount.kind in disk_types)
+        mount.source: look(mount.source, as_disk=mount.source in disks)
         for mount in mounts
         if mount.source.startswith("/") and (mount.kind in disk_types or mount.kind == "bind")
     }
@@ -67,6 +69,8 @@ def look(path: str, *, as_disk: bool = False) -> Source:
         return Source(path, "dangling link" if dangling else "missing", why=error.strerror or "")
     except OSError as error:
         return Source(path, "unreadable", why=error.strerror or "")
+    except ValueError as error:  # a NUL in it
+        return Source(path, "unreadable", why=str(error))
     kind = _KINDS.get(stat.S_IFMT(status.st_mode), "unreadable")
     found = Source(path, kind, device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size)
     if as_disk and kind in ("file", "block device"):
@@ -87,7 +91,7 @@ def _look_inside(source: Source, status: os.stat_result) -> Source:
         return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
     finally:
         os.close(fd)
-    mounted = stat.S_ISBLK(status.st_mode) and _host_mounts(status.st_rdev)
+    mounted = stat.S_ISBLK(status.st_mode) and _is_used(source.path)
     return msgspec.structs.replace(
         source, size_bytes=size, disk_format=disk_format, filesystem=filesystem, mounted=mounted
     )
@@ -102,7 +106,10 @@ def _format(head: bytes) -> str:
     return "qcow2 with another file" if backing_offset or incompatible & 4 else "qcow2"
 
 
-def _host_mounts(rdev: int) -> bool:
-    number = f"{os.major(rdev)}:{os.minor(rdev)}"
-    with open("/proc/self/mountinfo") as file:
-        return any(line.split(" ", 3)[2] == number for line in file)
+def _is_used(device: str) -> bool:
+    """An exclusive open fails as long as the kernel uses the device or a part of it, whoever mounted it (open(2))."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False

@@ -110,7 +110,8 @@ class Connection(asyncio.Protocol):
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._serving: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Stream] = {}
-        self._synced: asyncio.Future[bytes] | None = None
+        self._synced: asyncio.Future[None] | None = None
+        self._epoch = b""
         self._next_channel = 1
         self.error: HoldfastError | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -153,15 +154,14 @@ class Connection(asyncio.Protocol):
             TimedOut: it did not within ``seconds``.
         """
         self.check()
-        epoch = os.urandom(16)
+        self._epoch = os.urandom(16)
         self._synced = asyncio.get_running_loop().create_future()
-        self._mux.sync(epoch)
+        self._mux.sync(self._epoch)
         self._end_streams()
         self._flush()
         try:
             async with asyncio.timeout(seconds):
-                while await self._synced != epoch:
-                    self._synced = asyncio.get_running_loop().create_future()
+                await self._synced
         except TimeoutError:
             raise TimedOut("wait for the agent", why=f"no answer within {seconds:g} s") from None
 
@@ -181,6 +181,15 @@ class Connection(asyncio.Protocol):
         self._mux.open(channel)
         stream = self._streams[channel] = Stream(self, channel)
         return stream
+
+    async def stop_serving(self) -> None:
+        """Cancels the requests of the peer that are being answered, and waits until each has cleaned up."""
+        current = asyncio.current_task()
+        tasks = [task for task in self._serving.values() if task is not current]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def check(self) -> None:
         """Raises the error that ended the connection, if one has."""
@@ -289,7 +298,8 @@ class Connection(asyncio.Protocol):
             if task is not None:
                 task.cancel()
         elif kind == SYNCED and self._synced is not None and not self._synced.done():
-            self._synced.set_result(incoming.data)
+            if incoming.data == self._epoch:  # else it answers what somebody asked before
+                self._synced.set_result(None)
         elif kind == SYNC:
             self._mux.synced(incoming.data)
             self._end_streams()
