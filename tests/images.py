@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import subprocess
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from holdfast.spec.default import CAPABILITIES
 from tests.image_archives import entry, tar
 
 if TYPE_CHECKING:
+    import tarfile
     from collections.abc import Callable, Sequence
 
 BUSYBOX = Path(shutil.which("busybox") or "/bin/busybox")

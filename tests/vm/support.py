@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-import holdfast
 from holdfast.api import container_request
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.messages import ExecRequest, Stdio
@@ -20,6 +19,8 @@ from holdfast.storage.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import holdfast
 
 BUSYBOX = "tests/busybox"
 RICH = "tests/rich"
@@ -193,5 +194,5 @@ def running(pod: holdfast.Pod, name: str, mounts: Sequence[str] = ()) -> Iterato
 
 def python_program(text: str) -> list[str]:
     """A command that runs Python, with the packages of these tests and of Holdfast, outside of pytest."""
-    paths = [path for path in (*sys.path, str(Path(__file__).parents[2]))]
+    paths = [*sys.path, str(Path(__file__).parents[2])]
     return [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:] = {paths!r}\n{text}"]

@@ -90,9 +90,18 @@ def _filesystem(device: str, asked: str) -> str:
     return found
 
 
+#: Filesystem -> the module that has it, where that is called otherwise.
+_MODULES = {"iso9660": "isofs"}
+
+
 def _mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     try:
-        syscalls.mount(source, target, fstype, flags, data)
+        try:
+            syscalls.mount(source, target, fstype, flags, data)
+        except OSError as error:
+            if error.errno != errno.ENODEV or not _load_modules(fstype):
+                raise
+            syscalls.mount(source, target, fstype, flags, data)
     except OSError as error:
         if error.errno == errno.ENODEV:
             raise Unsupported(
@@ -100,6 +109,17 @@ def _mount(source: str, target: str, fstype: str, flags: int, data: str) -> None
                 code="filesystem-unsupported",
             ) from None  # fmt: skip
         raise GuestFailed("mount", subject=f"{source} as {fstype}", why=error, code="mount-failed") from None
+
+
+def _load_modules(fstype: str) -> bool:
+    """Loads what the root disk has for a filesystem that few pods need; False if it has nothing."""
+    from holdfast.guest.launch import HOME, load_modules
+
+    listing = f"{HOME}/modules.d/{_MODULES.get(fstype, fstype)}"
+    if not os.path.exists(listing):
+        return False
+    load_modules(listing)
+    return True
 
 
 def _remove_disk(settings: dict[str, Any]) -> Task:

@@ -199,6 +199,8 @@ class Service:
             await machine.close()
             if errors or self._engine.held():
                 errors = await self._release_all()
+            if errors:  # a release that was under way when the machine ended: with the machine gone it can finish
+                errors = await self._release_all()
         for mounted in (self._served, self._export):
             with contextlib.suppress(OSError):
                 syscalls.umount(str(mounted), syscalls.MNT_DETACH)

@@ -3,24 +3,69 @@
 On that wire a field with its zero value is left out: LUN 0, controller 0, ``false`` and the empty text are all
 absent, and the reader puts them back.  Keys that a reader does not know are passed over, so that either side may
 be the newer one; an unknown *resource* is an error, as not doing what was asked is no option.
+
+What ``Settings`` are depends on the guest's operating system, which the message does not say: the reader must.
+:mod:`holdfast.spec.host_documents` is the host's half.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
-from holdfast.errors import InvalidInput
+from holdfast.errors import InvalidInput, Unsupported
+from holdfast.spec.host_documents import (
+    Controller,
+    HostSettings,
+    Lun,
+    MappedDirectory,
+    PageAligned,
+    PmemDevice,
+    Shape,
+    Unsigned,
+    convert,
+    decode_settings,
+    encode_document,
+    scsi_resource_path,
+)
 
+__all__ = [
+    "RESOURCES", "RESOURCE_TYPES", "WINDOWS_RESOURCES", "CWCOWCombinedLayers", "ConfidentialOptions", "Controller",
+    "DeviceVerityInfo", "FilterType", "GuestOs", "GuestRequest", "LCOWCombinedLayers", "LCOWMappedDirectory",
+    "LCOWMappedVPCIDevice", "LCOWMappedVPMemDevice", "LCOWMappedVirtualDisk", "LCOWVPMemMappingInfo", "Layer", "Lun",
+    "ModifySettingRequest", "RequestType", "ResourceType", "SCSIDevice", "SecurityPolicyFragment", "Settings",
+    "Unsigned", "WCOWCombinedLayers", "WCOWMappedDirectory", "WCOWMappedVirtualDisk",
+    "WCOWMappedVirtualDiskForContainerScratch", "decode", "decode_modify", "eject", "encode", "mapped_disk",
+    "resources_of", "scsi_resource_path",
+]  # fmt: skip
+
+GuestOs = Literal["linux", "windows"]
 RequestType = Literal["Add", "Remove", "PreAdd", "Update"]
-Controller = Annotated[int, Meta(ge=0, le=3)]
-Lun = Annotated[int, Meta(ge=0, le=63)]
-Unsigned = Annotated[int, Meta(ge=0)]
+#: All that the protocol has; not all of them have a shape here.
+ResourceType = Literal[
+    "MappedDirectory", "SCSIDevice", "MappedVirtualDisk", "MappedVirtualDiskForContainerScratch", "WCOWBlockCims",
+    "Network", "NetworkNamespace", "CombinedLayers", "CWCOWCombinedLayers", "VPMemDevice", "VPCIDevice",
+    "ContainerConstraints", "HvSocket", "SecurityPolicy", "SecurityPolicyFragment", "PodCgroupMemoryLimit",
+]  # fmt: skip
+RESOURCE_TYPES: tuple[str, ...] = get_args(ResourceType)
+FilterType = Literal["WCIFS", "UnionFS"]
 
 
-class LCOWMappedVirtualDisk(Struct, frozen=True, rename="pascal", omit_defaults=True):
+class DeviceVerityInfo(Shape, frozen=True):
+    """Of older hosts: the guest now reads this from the device itself."""
+
+    ext4_size_in_bytes: Unsigned = 0
+    version: Unsigned = 0
+    algorithm: str = ""
+    super_block: bool = False
+    root_digest: str = ""
+    salt: str = ""
+    block_size: Unsigned = 0
+
+
+class LCOWMappedVirtualDisk(Shape, frozen=True):
     """A disk in a slot, or one of its partitions, mounted at a path."""
 
     mount_path: str = ""
@@ -33,16 +78,28 @@ class LCOWMappedVirtualDisk(Struct, frozen=True, rename="pascal", omit_defaults=
     block_dev: bool = False
     ensure_filesystem: bool = False
     filesystem: str = ""
+    verity_info: DeviceVerityInfo | None = None
 
 
-class SCSIDevice(Struct, frozen=True, rename="pascal", omit_defaults=True):
+class WCOWMappedVirtualDisk(Shape, frozen=True):
+    """A disk of controller 0, mounted at a path; it is read-only if its attachment is."""
+
+    container_path: str = ""
+    lun: Lun = 0
+
+
+class WCOWMappedVirtualDiskForContainerScratch(WCOWMappedVirtualDisk, frozen=True):
+    """The same, but formatted with ReFS first."""
+
+
+class SCSIDevice(Shape, frozen=True):
     """A slot.  Only removed: the guest lets go of the device before the host takes it away."""
 
     controller: Controller = 0
     lun: Lun = 0
 
 
-class LCOWMappedDirectory(Struct, frozen=True, rename="pascal", omit_defaults=True):
+class LCOWMappedDirectory(Shape, frozen=True):
     """A share of the host, mounted at a path.
 
     Not in the protocol of others: ``no_suid``, and ``last``, with which the removed share takes along what
@@ -57,12 +114,19 @@ class LCOWMappedDirectory(Struct, frozen=True, rename="pascal", omit_defaults=Tr
     last: bool = False
 
 
-class Layer(Struct, frozen=True, rename="pascal", omit_defaults=True):
+WCOWMappedDirectory = MappedDirectory
+
+
+class Layer(Shape, frozen=True):
+    """A layer of an image.  A Linux guest needs only ``path``."""
+
     id: str = ""
     path: str = ""
+    path_type: str = ""
+    cache: str = ""
 
 
-class LCOWCombinedLayers(Struct, frozen=True, rename="pascal", omit_defaults=True):
+class LCOWCombinedLayers(Shape, frozen=True):
     """An overlay: ``layers`` from the top-most down; without ``scratch_path`` it is read-only."""
 
     container_id: str = field(default="", name="ContainerID")
@@ -71,16 +135,100 @@ class LCOWCombinedLayers(Struct, frozen=True, rename="pascal", omit_defaults=Tru
     scratch_path: str = ""
 
 
-Settings = LCOWMappedVirtualDisk | SCSIDevice | LCOWMappedDirectory | LCOWCombinedLayers
+class WCOWCombinedLayers(Shape, frozen=True):
+    """A filter over ``container_root_path``, where the scratch disk is, that shows ``layers`` below.
 
-#: ``ResourceType`` on the wire -> the shape of its ``Settings``.
+    The usual filter is never named on the wire: older guests refuse a request with a key that they do not know.
+    """
+
+    container_root_path: str = ""
+    layers: tuple[Layer, ...] = ()
+    scratch_path: str = ""
+    filter_type: FilterType = "WCIFS"
+
+    def __post_init__(self) -> None:
+        # omit_defaults looks for the default itself, not for an equal text.
+        if self.filter_type == "WCIFS":
+            msgspec.structs.force_setattr(self, "filter_type", "WCIFS")
+
+
+class CWCOWCombinedLayers(Shape, frozen=True):
+    """The same in a confidential guest, which wants to know the container."""
+
+    container_id: str = field(default="", name="ContainerID")
+    combined_layers: WCOWCombinedLayers | None = None
+
+
+class LCOWVPMemMappingInfo(Shape, frozen=True):
+    """Where on its device a layer is."""
+
+    device_offset_in_bytes: PageAligned = 0
+    device_size_in_bytes: PageAligned = 0
+
+
+class LCOWMappedVPMemDevice(Shape, frozen=True):
+    """A read-only layer on persistent memory, mounted at a path; it has all of the device without ``mapping_info``."""
+
+    device_number: PmemDevice = 0
+    mount_path: str = ""
+    mapping_info: LCOWVPMemMappingInfo | None = None
+    verity_info: DeviceVerityInfo | None = None
+
+
+class LCOWMappedVPCIDevice(Shape, frozen=True):
+    """An assigned device, to be waited for."""
+
+    vm_bus_guid: str = field(default="", name="VMBusGUID")
+
+
+class ConfidentialOptions(Shape, frozen=True):
+    enforcer_type: str = ""
+    encoded_security_policy: str = ""
+    encoded_uvm_reference: str = field(default="", name="EncodedUVMReference")
+    encoded_uvm_hash_envelope_reference: str = field(default="", name="EncodedUVMHashEnvelopeReference")
+
+
+class SecurityPolicyFragment(Shape, frozen=True):
+    fragment: str = ""
+    media_type: str = ""
+
+    @property
+    def effective_media_type(self) -> str:
+        """With the default, which hosts that do not know the field mean."""
+        return self.media_type or "application/cose-x509+rego"
+
+
+Settings = (
+    LCOWMappedVirtualDisk | SCSIDevice | LCOWMappedDirectory | LCOWCombinedLayers | LCOWMappedVPMemDevice
+    | LCOWMappedVPCIDevice | WCOWMappedVirtualDisk | WCOWMappedVirtualDiskForContainerScratch | WCOWMappedDirectory
+    | WCOWCombinedLayers | CWCOWCombinedLayers | ConfidentialOptions | SecurityPolicyFragment
+)  # fmt: skip
+
+#: ``ResourceType`` on the wire -> the shape of its ``Settings`` for a Linux guest, ...
 RESOURCES: dict[str, type[Settings]] = {
     "MappedVirtualDisk": LCOWMappedVirtualDisk,
     "SCSIDevice": SCSIDevice,
     "MappedDirectory": LCOWMappedDirectory,
     "CombinedLayers": LCOWCombinedLayers,
+    "VPMemDevice": LCOWMappedVPMemDevice,
+    "VPCIDevice": LCOWMappedVPCIDevice,
+    "SecurityPolicy": ConfidentialOptions,
+    "SecurityPolicyFragment": SecurityPolicyFragment,
 }
-_NAMES = {kind: name for name, kind in RESOURCES.items()}
+#: ... and for a Windows guest.
+WINDOWS_RESOURCES: dict[str, type[Settings]] = {
+    "MappedVirtualDisk": WCOWMappedVirtualDisk,
+    "MappedVirtualDiskForContainerScratch": WCOWMappedVirtualDiskForContainerScratch,
+    "MappedDirectory": WCOWMappedDirectory,
+    "CombinedLayers": WCOWCombinedLayers,
+    "CWCOWCombinedLayers": CWCOWCombinedLayers,
+    "SecurityPolicy": ConfidentialOptions,
+    "SecurityPolicyFragment": SecurityPolicyFragment,
+}
+_NAMES = {kind: name for table in (RESOURCES, WINDOWS_RESOURCES) for name, kind in table.items()}
+
+#: What of a disk's mount only Linux guests can do, apart from its controller.
+_LINUX_ONLY = ("partition", "encrypted", "options", "block_dev", "ensure_filesystem", "filesystem", "verity_info")
 
 
 class GuestRequest(Struct, frozen=True):
@@ -95,16 +243,58 @@ class GuestRequest(Struct, frozen=True):
 
 
 class ModifySettingRequest(Struct, frozen=True):
-    """The envelope: ``resource_path`` names the host's half of the change, ``guest_request`` is the guest's."""
+    """The envelope: ``resource_path`` and ``settings`` are the host's half of the change, ``guest_request`` the guest's."""
 
     request_type: RequestType
     guest_request: GuestRequest | None = None
     resource_path: str = ""
+    settings: HostSettings | None = None
 
 
-def scsi_resource_path(controller: int, lun: int) -> str:
-    """The host's name of a slot."""
-    return f"VirtualMachine/Devices/Scsi/{controller}/Attachments/{lun}"
+def resources_of(guest_os: str) -> dict[str, type[Settings]]:
+    """The resources of such a guest.
+
+    Raises:
+        InvalidInput: ``guest-os``; it is neither ``linux`` nor ``windows``.
+    """
+    if guest_os == "linux":
+        return RESOURCES
+    if guest_os == "windows":
+        return WINDOWS_RESOURCES
+    why = f"unknown operating system; known are {', '.join(get_args(GuestOs))}"
+    raise InvalidInput("choose guest requests", subject=guest_os or "(none)", why=why, code="guest-os")
+
+
+def mapped_disk(
+    guest_os: str, wanted: LCOWMappedVirtualDisk, *, format_with_refs: bool = False
+) -> LCOWMappedVirtualDisk | WCOWMappedVirtualDisk:
+    """The settings by which a guest of this kind does what is ``wanted``.
+
+    For a Windows guest ``read_only`` is not among them: the attachment says it.
+
+    Raises:
+        Unsupported: ``guest-option``; the guest cannot do all of it, and why names what.
+        InvalidInput: ``guest-os``.
+    """
+    resources_of(guest_os)
+    if guest_os == "linux":
+        if format_with_refs:
+            raise _refused(guest_os, "MappedVirtualDisk", "format with ReFS")
+        return wanted
+    _refuse_linux_only(wanted, "MappedVirtualDisk")
+    kind = WCOWMappedVirtualDiskForContainerScratch if format_with_refs else WCOWMappedVirtualDisk
+    return kind(wanted.mount_path, wanted.lun)
+
+
+def eject(guest_os: str, controller: int, lun: int) -> GuestRequest | None:
+    """The request to let go of a disk before the host takes it away; a Windows guest wants none.
+
+    Raises:
+        InvalidInput: ``guest-os``.
+    """
+    if SCSIDevice not in resources_of(guest_os).values():
+        return None
+    return GuestRequest("Remove", SCSIDevice(controller, lun))
 
 
 def encode(request: GuestRequest | ModifySettingRequest) -> dict[str, Any]:
@@ -115,45 +305,83 @@ def encode(request: GuestRequest | ModifySettingRequest) -> dict[str, Any]:
     message: dict[str, Any] = {"RequestType": request.request_type}
     if request.resource_path:
         message["ResourcePath"] = request.resource_path
+    if request.settings is not None:
+        message["Settings"] = encode_document(request.settings)
     if request.guest_request:
         message["GuestRequest"] = encode(request.guest_request)
     return message
 
 
-def decode(message: object) -> GuestRequest:
-    """The request that :func:`encode` wrote, or another implementation of the protocol.
+def decode(message: object, guest_os: str = "linux") -> GuestRequest:
+    """The request that :func:`encode` wrote, or another implementation of the protocol, to such a guest.
 
     Raises:
-        InvalidInput: ``resource-type`` for a resource that is not known; ``guest-request`` for wrong settings.
+        InvalidInput: ``resource-type`` for a resource that is not known; ``guest-request`` for wrong settings;
+            ``guest-os``.
+        Unsupported: ``resource-type`` for a resource that this guest does not have; ``guest-option`` for what a
+            Windows guest cannot do with a disk.
     """
+    resources = resources_of(guest_os)
     fields = _object(message, "GuestRequest")
     name = fields.get("ResourceType")
-    kind = RESOURCES.get(name) if isinstance(name, str) else None
-    if kind is None:
-        why = f"unknown resource type; known are {', '.join(RESOURCES)}"
-        raise InvalidInput("read guest request", subject=name or "(none)", why=why, code="resource-type")
+    kind = resources.get(name) if isinstance(name, str) else None
+    if not isinstance(name, str) or kind is None:
+        raise _no_resource(name, guest_os, resources)
     request_type = _request_type(fields)
-    try:
-        settings = msgspec.convert(_object(fields.get("Settings", {}), "Settings"), kind)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$")
-        why = f"Settings{path.removesuffix('`')}: {problem[:1].lower()}{problem[1:]}"
-        raise InvalidInput("read guest request", subject=name, why=why, code="guest-request") from None
+    values = _object(fields.get("Settings", {}), "Settings")
+    settings = _settings(values, kind, name)
+    if issubclass(kind, WCOWMappedVirtualDisk):
+        # To pass these over, as unknown keys are, would be to mount another disk, or the right one wrongly.
+        _refuse_linux_only(_settings(values, LCOWMappedVirtualDisk, name), name)
     return GuestRequest(request_type, settings)
 
 
-def decode_modify(message: object) -> ModifySettingRequest:
+def decode_modify(message: object, guest_os: str = "linux") -> ModifySettingRequest:
     """The envelope and what is in it.
 
     Raises:
-        InvalidInput: as :func:`decode`.
+        InvalidInput: as :func:`decode`, and as :func:`holdfast.spec.host_documents.decode_settings`.
+        Unsupported: likewise.
     """
+    resources_of(guest_os)
     fields = _object(message, "ModifySettingRequest")
-    inner = fields.get("GuestRequest")
+    inner, settings = fields.get("GuestRequest"), fields.get("Settings")
     path = fields.get("ResourcePath") or ""
     if not isinstance(path, str):
         raise _bad("ModifySettingRequest", f"ResourcePath: expected text, got {type(path).__name__}")
-    return ModifySettingRequest(_request_type(fields), None if inner is None else decode(inner), path)
+    return ModifySettingRequest(
+        _request_type(fields),
+        None if inner is None else decode(inner, guest_os),
+        path,
+        None if settings is None else decode_settings(settings, path),
+    )
+
+
+def _settings(values: dict[str, Any], kind: type[Settings], name: str) -> Any:
+    return convert(values, kind, what="read guest request", subject=name, place="Settings", code="guest-request")
+
+
+def _refuse_linux_only(disk: LCOWMappedVirtualDisk, name: str) -> None:
+    if disk.controller:
+        raise _refused("windows", name, f"use controller {disk.controller}, only 0")
+    default = LCOWMappedVirtualDisk()
+    set_ = [option for option in _LINUX_ONLY if getattr(disk, option) != getattr(default, option)]
+    if set_:
+        wire = {item.name: item.encode_name for item in msgspec.structs.fields(disk)}
+        raise _refused("windows", name, f"do {', '.join(wire[option] for option in set_)}")
+
+
+def _refused(guest_os: str, name: str, what: str) -> Unsupported:
+    return Unsupported("ask guest", subject=name, why=f"a {guest_os} guest cannot {what}", code="guest-option")
+
+
+def _no_resource(name: object, guest_os: str, resources: dict[str, type[Settings]]) -> InvalidInput | Unsupported:
+    if name not in RESOURCE_TYPES:
+        why = f"unknown resource type; known are {', '.join(resources)}"
+        return InvalidInput("read guest request", subject=name or "(none)", why=why, code="resource-type")
+    others = [other for other in get_args(GuestOs) if name in resources_of(other)]
+    why = f"a {guest_os} guest does not have it" if others else "known, but not to be changed here"
+    return Unsupported("read guest request", subject=name, why=why, code="resource-type")
 
 
 def _request_type(fields: dict[str, Any]) -> RequestType:

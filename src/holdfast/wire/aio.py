@@ -187,7 +187,8 @@ class Connection(asyncio.Protocol):
         current = asyncio.current_task()
         tasks = [task for task in self._serving.values() if task is not current]
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second cancellation would interrupt the cleaning up after the first
+                task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
