@@ -26,7 +26,7 @@ STORAGE = {
         },
         {
             "slot": "0:1", "file": "/x\x1b[31m.qcow2", "kind": "disk", "format": "qcow2", "read_only": False,
-            "size_bytes": 1 << 30, "holders": ["attach1"], "guest_paths": ["/run/m1", "/run/m2"],
+            "size_bytes": 1 << 30, "holders": ["attach:1"], "guest_paths": ["/run/m1", "/run/m2"],
         },
     ],
     "shares": [
@@ -40,7 +40,7 @@ STORAGE = {
 
 def test_storage_for_a_pipe():
     assert storage.rows(STORAGE)[1:] == [
-        ("0:1", "disk (qcow2)", "rw", "1 GiB", "/x\x1b[31m.qcow2", "attach1", "/run/m1, /run/m2"),
+        ("0:1", "disk (qcow2)", "rw", "1 GiB", "/x\x1b[31m.qcow2", "attach:1", "/run/m1, /run/m2"),
         ("9p", "directory", "ro", "", "/srv", "a", "/run/s3"),
     ]
 
@@ -55,7 +55,7 @@ def test_storage_for_a_terminal(capsys, monkeypatch):
         "0:0  /d/layers/abababababab….erofs  ro  layer  4 KiB",
         "a, b at /run/m0",
         "0:1  /x\\x1b[31m.qcow2  rw  disk (qcow2)  1 GiB",
-        "attach1 at /run/m1 /run/m2",
+        "attach:1 at /run/m1 /run/m2",
         "shares (1, over 9p)",
         "3  /srv  ro  directory",
         "a at /run/s3",
@@ -70,7 +70,7 @@ def test_what_to_detach_is_named_by_either_side(target, path):
 
 
 def test_what_was_attached_by_request_is_detached_before_what_a_container_holds():
-    again = {**STORAGE["shares"][0], "holders": ["attach2"], "guest_path": "/run/s4"}
+    again = {**STORAGE["shares"][0], "holders": ["attach:2"], "guest_path": "/run/s4"}
     assert storage._resolve("/srv", {**STORAGE, "shares": [*STORAGE["shares"], again]}) == "/run/s4"
 
 

@@ -5,7 +5,7 @@ Fixtures:
     rich_tree     what umoci unpacks of RICH
     pod           an empty pod of the test's own
     shared_pod    an empty pod that the tests of a module share, for what does no harm to each other
-    own_data      a data folder of the test's own with the same guest and images, for templates and verdicts to be harmed
+    own_data      a data folder of the test's own for templates and verdicts to be harmed; guest and images are the same
 """
 
 from __future__ import annotations

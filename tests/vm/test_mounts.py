@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 #: Enough to try to remount things.
+KINDS = ("bounding", "effective", "permitted")
 MIGHTY = [*CAPABILITIES, "CAP_SYS_ADMIN", "CAP_MKNOD"]
 
 
@@ -53,7 +54,7 @@ def mighty(tmp_path: Path):
     """A function that runs a script in a bundle whose root may mount, with mounts."""
 
     def run_mighty(pod, script: str, mounts):
-        capabilities = dict.fromkeys(("bounding", "effective", "permitted"), MIGHTY)
+        capabilities = dict.fromkeys(KINDS, MIGHTY)
         root = tmp_path / "mighty"
         if not root.exists():
             busybox_tree(root)
@@ -111,9 +112,7 @@ def test_every_spelling_of_read_only_in_a_specification(shared_pod, folder, opti
 
 def test_a_read_only_share_withstands_root_in_the_guest(shared_pod, folder, mighty):
     """The host's side is read-only, so it does not matter what the guest makes of it."""
-    script = (
-        "mount -o remount,rw /m; mount -o remount,bind,rw /m; echo x > /m/new; rm -f /m/file; grep ' /m ' /proc/mounts"
-    )
+    script = "mount -o remount,bind,rw /m; echo x > /m/new; rm -f /m/file; grep ' /m ' /proc/mounts"
     result = mighty(shared_pod, script, [f"type=bind,src={folder},dst=/m,ro"])
     assert " rw," in result.text  # the guest did what it was told
     assert sorted(os.listdir(folder)) == ["file", "other", "sub"]
@@ -161,9 +160,7 @@ def test_links_in_a_share_do_not_lead_out(shared_pod, folder, tmp_path):
     os.symlink("../secret", folder / "relative")
     os.symlink("/", folder / "root")
     os.symlink("../../../../../../../..", folder / "up")
-    script = (
-        f"cd /m; cat absolute relative root{tmp_path}/secret up{tmp_path}/secret; ls root/usr/share; echo x > absolute"
-    )
+    script = f"cd /m; cat absolute relative {{root,up}}{tmp_path}/secret; ls root/usr/share; echo x > absolute"
     result = sh(shared_pod, script, mounts=[f"type=bind,src={folder},dst=/m"])
     assert b"beside it" not in result.stdout
     assert result.stdout == b""
@@ -372,7 +369,7 @@ def test_a_disk_that_a_container_still_uses_stays(pod, folder, tmp_path):
     path = pod.attach(f"type=disk,src={disk},ro")
     with running(pod, "c", [f"type=disk,src={disk},dst=/d,ro"]) as name:
         (attachment,) = [a for a in pod.storage()["attachments"] if a["kind"] == "disk"]
-        assert attachment["holders"] == ["attach2", name]
+        assert attachment["holders"] == ["attach:2", name]
         pod.detach(path)
         assert output(pod.exec(name, ["cat", "/d/file"])) == "from the host\n"
     assert_holds_nothing(pod)
@@ -407,8 +404,8 @@ def start_busy(pod, tmp_path, path):
     """A container in the guest's own mount namespace, standing in the disk's folder until its input ends."""
     bundle = make_bundle(
         tmp_path / "busy", ["sh", "-c", f"cd /proc/1/root{path} && echo busy && cat"],
-        linux={"namespaces": [{"type": "mount"}]},
-        process={"capabilities": {kind: [*MIGHTY, "CAP_SYS_PTRACE"] for kind in ("bounding", "effective", "permitted")}},
+        hostname="", linux={"namespaces": [{"type": "mount"}]},
+        process={"capabilities": {kind: [*MIGHTY, "CAP_SYS_PTRACE"] for kind in KINDS}},
     )  # fmt: skip
     stdio = Stdio(STDIN, STDOUT, STDERR)
     return Session(pod, "run", container_request("busy", pod.data, bundle=bundle, stdio=stdio), stdin=True)

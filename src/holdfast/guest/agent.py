@@ -50,7 +50,7 @@ class Agent:
             "hello": self._hello,
             "ping": lambda params: params,
             "resume": self._resume,
-            "modify": storage.modify,
+            "modify": lambda params: storage.modify(params, self._children),
             "start": lambda params: self._containers.start(self._mux, params),
             "exec": lambda params: self._containers.exec(self._mux, params),
             "kill": self._kill,

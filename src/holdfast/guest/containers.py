@@ -334,11 +334,15 @@ def _failure(log: str, name: str) -> Exception:
         return CommandNotFound("start", subject=name, why=text, hint=hint)
     lowered = text.lower()
     if "exec" in lowered and "no such file or directory" in lowered:
-        return CommandNotFound("start", subject=name, why=text, hint="is the command, or its interpreter, in the image?")
+        return CommandNotFound(
+            "start", subject=name, why=text, hint="is the command, or its interpreter, in the image?"
+        )
     # EPERM is how crun reports that what is to be executed is no regular file.
     refusals = ("permission denied", "format error", "is a directory", "open executable: operation not permitted")
     if "exec" in lowered and any(part in lowered for part in refusals):
-        return CommandNotExecutable("start", subject=name, why=text, hint="is it executable, and for this architecture?")
+        return CommandNotExecutable(
+            "start", subject=name, why=text, hint="is it executable, and for this architecture?"
+        )
     return GuestFailed("start container", subject=name, why=text, code="runtime-failed")
 
 

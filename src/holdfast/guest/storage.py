@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 
-from holdfast.errors import GuestFailed, InUse, InvalidInput, Unsupported
-from holdfast.guest import disks
+from holdfast.errors import Corrupt, GuestFailed, InUse, InvalidInput, Unsupported
+from holdfast.guest import disks, mapped
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.probe import NO_REPLAY, probe_filesystem
@@ -21,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from holdfast.guest.children import Children
     from holdfast.guest.loop import Task
 
 #: Where the pod's one 9p export is mounted; every share is a directory below, named by its number.
@@ -30,12 +31,14 @@ NINEP_TAG = "holdfast"
 _NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client,posixacl"
 
 
-def modify(request: dict[str, Any]) -> Task:
+def modify(request: dict[str, Any], children: Children) -> Task:
     """Task: carries out one modify request; returns ``{"path": guest path}`` or ``{}``."""
     resource, action = _text(request, "ResourceType"), _text(request, "RequestType") or "Add"
     settings = request.get("Settings")
     if not isinstance(settings, dict):
         raise InvalidInput("modify guest", subject=resource, why="Settings is not an object")
+    if (resource, action) == ("MappedVirtualDisk", "Add"):  # the one that runs programs
+        return (yield from _add_disk(settings, children))
     handler = _HANDLERS.get((resource, action))
     if handler is None:
         raise InvalidInput(
@@ -45,10 +48,48 @@ def modify(request: dict[str, Any]) -> Task:
     return (yield from handler(settings))
 
 
-def _add_disk(settings: dict[str, Any]) -> Task:
+def _add_disk(settings: dict[str, Any], children: Children) -> Task:
     target = _path(settings, "MountPath")
-    controller, lun = _number(settings, "Controller"), _number(settings, "Lun")
-    device = yield from disks.wait_for_disk(controller, lun, _number(settings, "Partition"))
+    place = (_number(settings, "Controller"), _number(settings, "Lun"), _number(settings, "Partition"))
+    device = yield from disks.wait_for_disk(*place)
+    try:
+        device = yield from _map(settings, target, device, place, children)
+        return _mount_disk(settings, target, device)
+    except BaseException as error:
+        mapped.give_up(target)
+        if settings.get("VerityInfo") and _is_io_error(error):
+            raise Corrupt(
+                "mount disk", subject=device, why=f"it does not hold what its root hash says: {error}",
+                hint="import the image again", code="verity-failed",
+            ) from None  # fmt: skip
+        raise
+
+
+def _map(settings: dict[str, Any], target: str, device: str, place: tuple[int, int, int], children: Children) -> Task:
+    """Task: what is to be mounted: the device itself, or one above it that checks or decrypts."""
+    info: Any = settings.get("VerityInfo")
+    encrypted, read_only = settings.get("Encrypted"), settings.get("ReadOnly")
+    if not info and not encrypted:
+        return device
+    why = ""
+    if settings.get("BlockDev"):  # hcsshim hands out the raw device then: #2757
+        why = "a disk that is not mounted can neither be verified nor encrypted"
+    elif info and (encrypted or not read_only or not isinstance(info, dict)):
+        why = "only a read-only disk can be verified"
+    elif encrypted and (read_only or place[2]):
+        why = "only a whole, writable disk can be encrypted"
+    if why:
+        raise Unsupported("mount disk", subject=target, why=why, code="mapping-unsupported")
+    if encrypted:
+        return (yield from mapped.encrypted(target, device, children, place))
+    return (yield from mapped.verity(target, device, info, place))
+
+
+def _is_io_error(error: BaseException) -> bool:
+    return getattr(error, "errno", 0) == errno.EIO or f"(errno {errno.EIO})" in str(error)
+
+
+def _mount_disk(settings: dict[str, Any], target: str, device: str) -> dict[str, str]:
     read_only = bool(settings.get("ReadOnly"))
     fstype = _filesystem(device, _text(settings, "Filesystem"))
     options = mount_options.parse([str(option) for option in settings.get("Options", ())])
@@ -125,10 +166,10 @@ def _load_modules(fstype: str) -> bool:
 def _remove_disk(settings: dict[str, Any]) -> Task:
     target = _path(settings, "MountPath")
     unmount(target)
+    yield from mapped.release(target)
     remove_mount_point(target)
     disks.prove_unused(_number(settings, "Controller"), _number(settings, "Lun"))
     return {}
-    yield
 
 
 def _eject_disk(settings: dict[str, Any]) -> Task:
@@ -234,7 +275,6 @@ def _remove_layers(settings: dict[str, Any]) -> Task:
 
 
 _HANDLERS = {
-    ("MappedVirtualDisk", "Add"): _add_disk,
     ("MappedVirtualDisk", "Remove"): _remove_disk,
     ("SCSIDevice", "Remove"): _eject_disk,
     ("MappedDirectory", "Add"): _add_share,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from holdfast.errors import Exhausted, HoldfastError
-from holdfast.image import erofs, lower
+from holdfast.image import erofs, lower, verity
 from holdfast.image.blobs import digest_hex
 from holdfast.image.extract import Extraction, reading
 from holdfast.image.records import Layer
@@ -74,14 +74,19 @@ class LayerStore:
                 self._sweep(name)
 
     def find(self, diff_id: str, chain_id: str) -> Layer | None:
-        """The disk of a layer with the chain ID ``chain_id``, if it was made before."""
+        """The disk of a layer with the chain ID ``chain_id``, if it was made before.
+
+        One without a hash tree was made by an earlier Holdfast: it is not found, and so made again.
+        """
         for opaque in (False, True):
             for chain in ("", chain_id):
                 path = self.folder / _name(diff_id, chain, opaque=opaque)
                 try:
-                    return Layer(diff_id, str(path), path.stat().st_size)
+                    size, found = path.stat().st_size, verity.read(str(path))
                 except FileNotFoundError:
                     continue
+                if found:
+                    return Layer(diff_id, str(path), size, found)
         return None
 
     def ensure(self, layers: list[PlannedLayer], watcher: Watcher) -> tuple[Layer, bool]:
@@ -126,7 +131,7 @@ class LayerStore:
         path = self.folder / _name(layer.diff_id, chain_id if dependent else "", opaque=opaque)
         os.rename(disk, path)
         sync_folder(self.folder)
-        return Layer(layer.diff_id, str(path), size)
+        return Layer(layer.diff_id, str(path), size, verity.read(str(path)))
 
     def hides_all_below(self, layer: Layer) -> bool:
         """Whether nothing of the layers below it can be seen."""

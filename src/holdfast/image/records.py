@@ -13,6 +13,22 @@ from typing import Literal
 import msgspec
 
 
+class Verity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The dm-verity superblock and hash tree that follow a disk's data.
+
+    Attributes:
+        root_hash, salt: as hexadecimal digits.
+        data_blocks: of 4096 bytes; they are what is protected.
+        hash_offset_bytes: where the superblock is; the tree begins one block later.
+    """
+
+    root_hash: str
+    salt: str
+    data_blocks: int
+    hash_offset_bytes: int
+    algorithm: str = "sha256"
+
+
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One read-only disk.
 
@@ -20,11 +36,13 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         diff_id: digest of the layer's uncompressed tar, ``sha256:...``.
         disk: path of the erofs file.
         size_bytes: size of that file; a multiple of 4096.
+        verity: None for a disk that was made before Holdfast made hash trees.
     """
 
     diff_id: str
     disk: str
     size_bytes: int
+    verity: Verity | None = None
 
 
 class RootDirectory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

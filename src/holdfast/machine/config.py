@@ -17,6 +17,8 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 MACHINE_VERSION = 1
 MIN_MEMORY_BYTES = 96 << 20
 DEFAULT_MEMORY_BYTES = 256 << 20
+#: What q35 can have without interrupt remapping.
+MOST_CPUS = 255
 
 #: PCI device numbers on bus 0.  The agent finds SCSI controllers by theirs (guest/disks.py).
 _SLOT_ROOT, _SLOT_SERIAL, _SLOT_9P, _SLOT_RNG, _SLOT_SCSI = 0x3, 0x4, 0x5, 0x6, 0x10

@@ -27,7 +27,10 @@ HOME = "/usr/lib/holdfast"
 MODULES_LIST = f"{HOME}/modules.list"
 BUSYBOX = Path("/bin/busybox")
 #: Programs the agent runs; the guest path is the host's, in ``/usr``.
-PROGRAMS = ("crun", "mke2fs", "e2fsck", "resize2fs")
+PROGRAMS = ("crun", "mke2fs", "e2fsck", "resize2fs", "cryptsetup")
+_PACKAGES = {
+    "busybox": "busybox-static", "mkfs.erofs": "erofs-utils", "crun": "crun", "cryptsetup": "cryptsetup-bin",
+}  # fmt: skip
 _FOLDERS = ("bin", "sbin", "usr/bin", "usr/sbin")
 #: What the agent may import without its source saying so, and what the interpreter needs to start.
 _MODULES = (
@@ -197,7 +200,7 @@ def find_program(name: str) -> Path:
     search = os.environ.get("PATH", os.defpath) + ":/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
     found = shutil.which(name, path=search)
     if not found:
-        package = {"busybox": "busybox-static", "mkfs.erofs": "erofs-utils", "crun": "crun"}.get(name, "e2fsprogs")
+        package = _PACKAGES.get(name, "e2fsprogs")
         raise NotFound("find program", subject=name, why="not in PATH", hint=f"apt install {package}")
     return Path(os.path.realpath(found)) if name != "busybox" else Path(found)
 

@@ -56,7 +56,8 @@ ON_DEMAND = ("xfs", "squashfs", "isofs", "fuse", "loop", "dm_mod", "dm_verity", 
 # resolve the name to every driver of it.  The guest has no modprobe, so the one to load is said here.
 _ALGORITHMS = {"crc32c": "crc32c_generic", "crct10dif": "crct10dif_generic"}
 # Found out by loading them: the kernel requests these at run time, which no dependency file tells.
-_REQUESTED = {"dm_crypt": ("xts", "essiv"), "virtio_pmem": ("nd_pmem",)}
+# algif_skcipher: cryptsetup writes its header with it, and without it makes a mapped device for that alone.
+_REQUESTED = {"dm_crypt": ("xts", "essiv", "algif_skcipher"), "virtio_pmem": ("nd_pmem",)}
 
 
 class Kernel(msgspec.Struct, frozen=True):

@@ -82,6 +82,8 @@ class VirtualMachine:
             await self._qmp.execute("device_add", {
                 "driver": "scsi-hd", "id": device, "bus": f"scsi{slot.controller}.0", "channel": 0, "scsi-id": 0,
                 "lun": slot.lun, "drive": node, "serial": device,
+                # By default QEMU stops the whole machine when the host's disk is full: the guest gets an error instead.
+                "werror": "report", "rerror": "report",
             })  # fmt: skip
         except BaseException as error:
             # Whether an interrupted command ran cannot be known: everything is taken back, in any case.

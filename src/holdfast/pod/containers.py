@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast.errors import HoldfastError, InUse, NotFound
+from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
 from holdfast.spec.checks import check
 from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
@@ -69,7 +70,7 @@ class Containers:
         Raises:
             HoldfastError: what is wrong; nothing of the container is left.
         """
-        name = request.name
+        name = check_name(request.name, "container")
         if name in self._infos and self._infos[name].state in ("starting", "running"):
             raise InUse("run container", subject=name, why="the pod has one of this name", code="container-exists")
         if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now

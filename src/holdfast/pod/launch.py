@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.errors import InUse, InvalidInput
+from holdfast.errors import InUse, InvalidInput, Unsupported
+from holdfast.machine.config import MOST_CPUS
 from holdfast.pod.client import Client
 from holdfast.storage.journal import Journal
 
@@ -52,9 +53,10 @@ def launch(request: PodRequest) -> Client:
 
     Raises:
         InUse: a pod of this name exists.
-        InvalidInput: the name, or the length of its path, is not usable.
+        InvalidInput: the name, the length of its path, or the machine asked for is not usable.
     """
     check_name(request.name)
+    _check_machine(request)
     root = Path(request.root)
     folder = root / "pods" / request.name
     socket_path = folder / "monitor.sock"
@@ -103,6 +105,18 @@ def _reserve(journal: Journal, folder: Path) -> int:
             hint=f"choose another name, or: holdfast pod remove {folder.name}",
         ) from None  # fmt: skip
     return lock_fd
+
+
+def _check_machine(request: PodRequest) -> None:
+    if request.isolation != "vm":
+        raise Unsupported(
+            "start pod", subject=f"isolation {request.isolation}", why="it is not built", code="isolation",
+            hint="use --isolation vm",
+        )  # fmt: skip
+    if not 1 <= request.cpus <= MOST_CPUS:
+        raise InvalidInput(
+            "start pod", subject=f"{request.cpus} processors", why=f"a machine has 1 to {MOST_CPUS}", code="cpus"
+        )
 
 
 def _spawn(request: PodRequest, lock_fd: int, client_fd: int) -> None:

@@ -28,18 +28,8 @@ from holdfast.spec.host_documents import (
     convert,
     decode_settings,
     encode_document,
-    scsi_resource_path,
 )
-
-__all__ = [
-    "RESOURCES", "RESOURCE_TYPES", "WINDOWS_RESOURCES", "CWCOWCombinedLayers", "ConfidentialOptions", "Controller",
-    "DeviceVerityInfo", "FilterType", "GuestOs", "GuestRequest", "LCOWCombinedLayers", "LCOWMappedDirectory",
-    "LCOWMappedVPCIDevice", "LCOWMappedVPMemDevice", "LCOWMappedVirtualDisk", "LCOWVPMemMappingInfo", "Layer", "Lun",
-    "ModifySettingRequest", "RequestType", "ResourceType", "SCSIDevice", "SecurityPolicyFragment", "Settings",
-    "Unsigned", "WCOWCombinedLayers", "WCOWMappedDirectory", "WCOWMappedVirtualDisk",
-    "WCOWMappedVirtualDiskForContainerScratch", "decode", "decode_modify", "eject", "encode", "mapped_disk",
-    "resources_of", "scsi_resource_path",
-]  # fmt: skip
+from holdfast.spec.host_documents import scsi_resource_path as scsi_resource_path
 
 GuestOs = Literal["linux", "windows"]
 RequestType = Literal["Add", "Remove", "PreAdd", "Update"]
@@ -243,7 +233,7 @@ class GuestRequest(Struct, frozen=True):
 
 
 class ModifySettingRequest(Struct, frozen=True):
-    """The envelope: ``resource_path`` and ``settings`` are the host's half of the change, ``guest_request`` the guest's."""
+    """The envelope: ``resource_path`` and ``settings`` are the host's half of it, ``guest_request`` the guest's."""
 
     request_type: RequestType
     guest_request: GuestRequest | None = None

@@ -316,12 +316,11 @@ def decode_settings(value: object, resource_path: str) -> HostSettings:
         InvalidInput: ``host-document`` for wrong settings; ``resource-path`` for a path that is not known.
         Unsupported: ``resource-path``; known, but not what is there.
     """
-    for pattern, kind in _SETTINGS:
-        if re.fullmatch(pattern, resource_path):
-            break
-    else:
+    matching = [kind for pattern, kind in _SETTINGS if re.fullmatch(pattern, resource_path)]
+    if not matching:
         why = "unknown resource path"
         raise InvalidInput("read host settings", subject=resource_path or "(none)", why=why, code="resource-path")
+    kind = matching[0]
     if kind is None:
         why = "only storage and memory are changed here"
         raise Unsupported("read host settings", subject=resource_path, why=why, code="resource-path")
@@ -342,7 +341,7 @@ def convert(value: object, kind: type[T], *, what: str, subject: str, code: str,
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at ")
-        where = (where.replace("`", "").replace("$", place, 1) or place).removeprefix(".")
+        where = where.replace("`", "").replace("$" if place else "$.", place, 1) or place
         why = f"{where}: " if where else ""
         why += problem[:1].lower() + problem[1:]
         raise InvalidInput(what, subject=subject, why=why, code=code) from None
