@@ -128,7 +128,7 @@ class TestEngineOnFake(EngineConformance):
             assert snapshot.free_slots == 252
             assert snapshot.containers == {"a"}
             assert snapshot.disks[status.st_dev, status.st_ino] is True
-            assert snapshot.layers == {str(pod.folder / "layer0"), str(pod.folder / "layer1")}
+            assert snapshot.layers == {(str(pod.folder / "layer0"), ""), (str(pod.folder / "layer1"), "")}
 
         run(test)
 

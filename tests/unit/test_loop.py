@@ -165,7 +165,6 @@ def test_a_task_may_end_well_after_its_deadline():
     assert finish(task(), 0.002) == "what there was"
 
 
-@pytest.mark.xfail(reason="the deadline is thrown again at every wait of the undoing", strict=True)
 def test_undoing_may_wait_too():
     undone = []
 

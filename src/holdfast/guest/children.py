@@ -64,6 +64,26 @@ class Children:
             ],
             setsigdef=[signal.SIGPIPE, signal.SIGCHLD], setsigmask=[], setsid=True,
         )  # fmt: skip
+        return (yield from self._end(pid))
+
+    def call(self, function: Callable[[], object]) -> Task:
+        """Task: runs what may take long in a copy of this process; returns its wait status, 1 if it raised.
+
+        When the task is given up, the copy is killed.
+        """
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                function()
+                status = 0
+            except BaseException as error:
+                os.write(2, f"agent: {type(error).__name__}: {error}\n".encode("utf-8", "replace"))
+            finally:
+                os._exit(status)
+        return (yield from self._end(pid))
+
+    def _end(self, pid: int) -> Task:
         result: list[int] = []
         self.on_exit(pid, result.append)
         pidfd = os.pidfd_open(pid)

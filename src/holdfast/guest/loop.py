@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     Task = Generator[Wait, None, Any]
 
 
+_UNDO_SECONDS = 10.0
+
+
 def sleep(seconds: float) -> Wait:
     """What a task yields to go on after ``seconds``."""
     return ("sleep", seconds)
@@ -107,6 +110,7 @@ class Loop:
         now = monotonic()
         for running in list(self._running):
             if now >= running.deadline:
+                running.deadline = now + _UNDO_SECONDS  # its undoing may wait, too
                 self._advance(running, TimedOut("request", why="its deadline passed in the guest"))
             elif running.wake is not None and now >= running.wake:
                 self._advance(running, None)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 
-from holdfast.errors import Corrupt, GuestFailed, InUse, InvalidInput, Unsupported
+from holdfast.errors import Corrupt, GuestFailed, InUse, InvalidInput, NotReleased, Unsupported
 from holdfast.guest import disks, mapped
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.probe import NO_REPLAY, probe_filesystem
+from holdfast.mounts.root import remove_tree
 from holdfast.mounts.unmount import remove_mount_point, unmount
 
 TYPE_CHECKING = False
@@ -29,6 +30,8 @@ SHARES = "/run/mounts/plan9"
 NINEP_TAG = "holdfast"
 #: ``cache=mmap``: data always comes from the host, and shared writable maps (SQLite) still work.
 _NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client,posixacl"
+#: Root filesystem -> the folder that was made for what is written to it, and goes with it.
+_folders: dict[str, str] = {}
 
 
 def modify(request: dict[str, Any], children: Children) -> Task:
@@ -37,8 +40,11 @@ def modify(request: dict[str, Any], children: Children) -> Task:
     settings = request.get("Settings")
     if not isinstance(settings, dict):
         raise InvalidInput("modify guest", subject=resource, why="Settings is not an object")
-    if (resource, action) == ("MappedVirtualDisk", "Add"):  # the one that runs programs
+    # Those that need processes of their own.
+    if (resource, action) == ("MappedVirtualDisk", "Add"):
         return (yield from _add_disk(settings, children))
+    if (resource, action) == ("CombinedLayers", "Remove"):
+        return (yield from _remove_layers(settings, children))
     handler = _HANDLERS.get((resource, action))
     if handler is None:
         raise InvalidInput(
@@ -224,14 +230,19 @@ def _add_layers(settings: dict[str, Any]) -> Task:
         raise InvalidInput("combine layers", subject=target, why="no layers")
     paths = [_path(layer, "Path") for layer in layers if isinstance(layer, dict)]
     flags = 0 if scratch else syscalls.MS_RDONLY
+    if target in _folders:
+        raise InUse("combine layers", subject=target, why="an earlier one's folder is there", code="path-in-use")
     made = _make_mount_point(target)
     try:
+        _make_folder(target, scratch)
         if len(paths) == 1 and not scratch:  # overlay needs two layers when nothing is on top
             _bind(paths[0], target, read_only=True)
         else:
             _overlay(paths, scratch, target, flags)
     except BaseException:
         unmount(target)
+        if target in _folders:
+            _remove_folder(_folders.pop(target))  # as good as empty
         if made:
             remove_mount_point(target)
         raise
@@ -266,12 +277,38 @@ def _escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
-def _remove_layers(settings: dict[str, Any]) -> Task:
+def _remove_layers(settings: dict[str, Any], children: Children) -> Task:
     target = _path(settings, "ContainerRootPath")
     unmount(target)
+    folder = _folders.get(target)
+    if folder is not None:
+        # It may hold a container's whole output: not in the process that everything else waits for.
+        status = yield from children.call(lambda: _remove_folder(folder))
+        if status:
+            raise NotReleased("remove scratch folder", subject=folder, why="see the console", code="scratch-busy")
+        del _folders[target]
     remove_mount_point(target)
     return {}
-    yield
+
+
+def _make_folder(target: str, scratch: str) -> None:
+    """Makes the folder for a root filesystem's changes, on a disk that is not for it alone."""
+    if scratch and not os.path.isdir(scratch):
+        _folders[target] = scratch
+        os.makedirs(scratch, 0o755)
+
+
+def _remove_folder(folder: str) -> None:
+    """Removes all below ``folder`` and itself; what is mounted there is not entered."""
+    above, name = os.path.split(folder)
+    try:
+        above_fd = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        remove_tree(above_fd, os.fsencode(name))
+    finally:
+        os.close(above_fd)
 
 
 _HANDLERS = {
@@ -280,7 +317,6 @@ _HANDLERS = {
     ("MappedDirectory", "Add"): _add_share,
     ("MappedDirectory", "Remove"): _remove_share,
     ("CombinedLayers", "Add"): _add_layers,
-    ("CombinedLayers", "Remove"): _remove_layers,
 }
 
 

@@ -68,7 +68,7 @@ class Output:
             self._mux.write(self.channel, data)
             if not self._draining:
                 break
-        if not self._draining and not self._mux.room(self.channel):
+        if not self._mux.room(self.channel):
             self._loop.unwatch(self._fd)
 
     def _finish(self) -> None:

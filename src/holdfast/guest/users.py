@@ -29,18 +29,18 @@ def apply_user(process: dict[str, Any], user: str, root: str) -> None:
         passwd = _table(root, "etc/passwd")
         groups = _table(root, "etc/group")
         entry = _find(passwd, name)
-        if entry is None and not name.isdigit():
+        if entry is None and not _is_number(name):
             raise InvalidInput("find user", subject=name, why="not in the image's /etc/passwd", code="user-not-found")
-        record: dict[str, Any] = {"uid": int(entry[2] if entry else name), "gid": int(entry[3]) if entry else 0}
+        record: dict[str, Any] = {"uid": int(entry[2] if entry else name), "gid": _group_of(entry) if entry else 0}
         if group:
             found = _find(groups, group)
-            if found is None and not group.isdigit():
+            if found is None and not _is_number(group):
                 raise InvalidInput(
                     "find group", subject=group, why="not in the image's /etc/group", code="group-not-found"
                 )
             record["gid"] = int(found[2] if found else group)
         elif entry:
-            extra = [int(g[2]) for g in groups if len(g) > 3 and entry[0] in g[3].split(",") and g[2].isdigit()]
+            extra = [int(g[2]) for g in groups if len(g) > 3 and entry[0] in g[3].split(",") and _is_number(g[2])]
             record["additionalGids"] = [gid for gid in extra if gid != record["gid"]]
         process["user"] = {**process.get("user", {}), **record}
     _set_home(process, root)
@@ -53,9 +53,20 @@ def _set_home(process: dict[str, Any], root: str) -> None:
         env.append(f"HOME={entry[5] if entry and len(entry) > 5 and entry[5] else '/'}")
 
 
+def _group_of(entry: list[str]) -> int:
+    if not _is_number(entry[3]):
+        raise InvalidInput("find user", subject=entry[0], why="its group in /etc/passwd is no number", code="bad-passwd")
+    return int(entry[3])
+
+
+def _is_number(text: str) -> bool:
+    """``str.isdigit`` alone takes characters that ``int`` does not."""
+    return text.isascii() and text.isdigit()
+
+
 def _find(table: list[list[str]], key: str) -> list[str] | None:
     for entry in table:
-        if len(entry) > 3 and entry[2].isdigit() and key in (entry[0], entry[2]):
+        if len(entry) > 3 and _is_number(entry[2]) and key in (entry[0], entry[2]):
             return entry
     return None
 

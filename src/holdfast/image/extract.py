@@ -109,7 +109,10 @@ class Extraction:
             if bottom or self._under_opaque(path):
                 continue
             head, name = split(path)
-            with self.root.mkdir_all(head) as parent:
+            parent = self._marked(head)
+            if parent is None:
+                continue
+            with parent:
                 try:
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent.fileno())
                     os.utime(name, ns=(0, 0), dir_fd=parent.fileno(), follow_symlinks=False)
@@ -118,9 +121,18 @@ class Extraction:
                     if stat.S_ISDIR(os.stat(name, dir_fd=parent.fileno(), follow_symlinks=False).st_mode):
                         self.opaque.add(path)
         for path in sorted(self.opaque):
-            with self.root.mkdir_all(path) as directory:
-                os.setxattr(f"/proc/self/fd/{directory.fileno()}", _OPAQUE_XATTR, b"y")
+            directory = self._marked(path)
+            if directory is not None:
+                with directory:
+                    os.setxattr(f"/proc/self/fd/{directory.fileno()}", _OPAQUE_XATTR, b"y")
         self.set_times()
+
+    def _marked(self, path: bytes) -> OwnedFd | None:
+        """The directory that a marker is about; None if a later entry has put something else in its place."""
+        try:
+            return self.root.mkdir_all(path)
+        except NotADirectoryError:
+            return None
 
     def set_times(self) -> None:
         """Gives directories their times: after everything that is made in them."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
+from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.machine.sandbox import CONTROLLERS, LUNS, Slot
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.counted import Counted, HalfMade
@@ -35,6 +36,7 @@ class DiskKey(NamedTuple):
     inode: int
     read_only: bool
     disk_format: str
+    verity: str = ""
 
 
 class Disk(msgspec.Struct, frozen=True):
@@ -45,6 +47,8 @@ class Disk(msgspec.Struct, frozen=True):
         kind: ``layer``, ``scratch`` or ``disk``: what it is for.  The host-wide rule of one writer is kept by a lease
             for a ``disk``; the others are Holdfast's own.
         device, inode: what was seen behind the path; 0 when nothing was looked at.
+        verity: what the guest is to check it by.  Such a disk is another attachment than the same one unchecked.
+        encrypted: a blank disk that the guest encrypts and formats before it mounts it.
     """
 
     path: str
@@ -54,6 +58,8 @@ class Disk(msgspec.Struct, frozen=True):
     block_device: bool = False
     device: int = 0
     inode: int = 0
+    verity: Verity | None = None
+    encrypted: bool = False
 
     def open(self) -> int:
         """Opens the file; the caller owns the descriptor.
@@ -113,7 +119,8 @@ class Attachments:
         fd = opened() if opened is not None else disk.open()
         try:
             status = os.fstat(fd)
-            key = DiskKey(status.st_dev, status.st_ino, disk.read_only, disk.disk_format)
+            root_hash = disk.verity.root_hash if disk.verity else ""
+            key = DiskKey(status.st_dev, status.st_ino, disk.read_only, disk.disk_format, root_hash)
             return await self._shared.acquire(key, holder, lambda: self._attach(disk, key, os.dup(fd)))
         finally:
             os.close(fd)

@@ -110,6 +110,8 @@ class DiskMounts:
         settings = requests.LCOWMappedVirtualDisk(
             mount_path=path, lun=slot.lun, controller=slot.controller, partition=key.partition,
             read_only=key.disk.read_only, options=key.options, filesystem=filesystem,
+            encrypted=attachment.disk.encrypted, ensure_filesystem=attachment.disk.encrypted,
+            verity_info=_verity_info(attachment.disk),
         )  # fmt: skip
         try:
             request = requests.GuestRequest("Add", settings)
@@ -140,3 +142,13 @@ class DiskMounts:
     def path_of(self, attachment: Attachment) -> list[str]:
         """Where the guest has an attachment mounted."""
         return sorted(m.guest_path for _, m, _ in self._shared.items() if m.attachment.key == attachment.key)
+
+
+def _verity_info(disk: Disk) -> requests.DeviceVerityInfo | None:
+    verity = disk.verity
+    if verity is None:
+        return None
+    return requests.DeviceVerityInfo(
+        ext4_size_in_bytes=verity.hash_offset_bytes, version=1, algorithm=verity.algorithm, super_block=True,
+        root_digest=verity.root_hash, salt=verity.salt, block_size=verity.hash_offset_bytes // verity.data_blocks,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from holdfast.errors import InUse
 from holdfast.spec import guest_requests as requests
 from holdfast.storage import scratch as scratch_disks
 from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk, add_causes, while_alive
+from holdfast.storage.counted import Counted
 from holdfast.storage.disk_mounts import DiskMounts
 from holdfast.storage.plan import PodSnapshot
 from holdfast.storage.shares import ShareKey, Shares
@@ -73,6 +74,8 @@ class Engine:
         self.attachments = Attachments(sandbox, journal, pod)
         self.disks = DiskMounts(sandbox, self.attachments)
         self.shares = Shares(sandbox, journal, pod)
+        #: Files of scratch disks that containers share, by whether they are encrypted.
+        self._scratch: Counted[bool, int] = Counted(_close)
         self._held: dict[str, Held] = {}
 
     def snapshot(self) -> PodSnapshot:
@@ -81,8 +84,9 @@ class Engine:
             (attachment.key.device, attachment.key.inode): not attachment.key.read_only
             for attachment, _ in self.attachments.items()
         }
-        layers = frozenset(a.disk.path for a, _ in self.attachments.items() if a.disk.kind == "layer")
-        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers)
+        layers = frozenset((a.disk.path, a.key.verity) for a, _ in self.attachments.items() if a.disk.kind == "layer")
+        scratch = frozenset(encrypted for encrypted, _, _ in self._scratch.items())
+        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers, scratch)
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
         """Carries out the storage steps of a plan for ``holder``.
@@ -143,12 +147,10 @@ class Engine:
     async def _do(self, held: Held, step: AnyStep) -> None:
         match step:
             case MountLayer():
-                disk = Disk(step.path, "layer", read_only=True)
+                disk = Disk(step.path, "layer", read_only=True, verity=step.verity)
                 await self._mount_disk(held, step.id, disk, filesystem="erofs")
             case MakeScratch():
-                fd = await _new_scratch(self._data, step.size_bytes)
-                disk = Disk(f"scratch of {held.holder}", "scratch", read_only=False)
-                await self._mount_disk(held, step.id, disk, filesystem="ext4", opened=lambda: fd)
+                await self._mount_scratch(held, step)
             case MountDisk():
                 disk = Disk(
                     step.path, "disk", step.read_only, step.disk_format, step.block_device, step.device, step.inode
@@ -180,6 +182,19 @@ class Engine:
         )
         held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder), _GROUP)
         held.paths[step_id] = mount.guest_path
+
+    async def _mount_scratch(self, held: Held, step: MakeScratch) -> None:
+        owner = f"pod {self._pod}" if step.shared else held.holder
+        disk = Disk(f"scratch of {owner}", "scratch", read_only=False, encrypted=step.encrypted)
+        if not step.shared:
+            fd = await _new_scratch(self._data, step)
+            await self._mount_disk(held, step.id, disk, filesystem="ext4", opened=lambda: fd)
+            return
+        kept = await self._scratch.acquire(step.encrypted, held.holder, lambda: _new_scratch(self._data, step))
+        held.undo.push("the pod's scratch", lambda: self._scratch.release(step.encrypted, held.holder), _GROUP)
+        await self._mount_disk(held, step.id, disk, filesystem="ext4", opened=lambda: os.dup(kept))
+        # The guest makes the folder with the root filesystem, and removes it with that.
+        held.paths[step.id] += f"/scratch/{held.holder}"
 
     async def _combine(self, held: Held, step: CombineLayers) -> None:
         root = f"/run/gcs/c/{held.holder}/rootfs"
@@ -244,6 +259,7 @@ class Engine:
             await asyncio.wait({held.work})
             errors = await held.undo.unwind()
             if held.failed:  # what was given up while it was made
+                await self._scratch.settle()
                 await self.disks.settle()
                 await self.shares.settle()
         finally:
@@ -281,14 +297,19 @@ class Engine:
         return {"pod": self._pod, "attachments": attachments, "shares": shares, "free_slots": self.attachments.free}
 
 
-async def _new_scratch(data: Path, size_bytes: int) -> int:
+async def _new_scratch(data: Path, step: MakeScratch) -> int:
     """Makes a scratch disk in a thread; the caller owns the descriptor, and nobody does if it is not there any more."""
-    made = asyncio.ensure_future(asyncio.to_thread(lambda: scratch_disks.copy(scratch_disks.prepare(data, size_bytes))))
+    make = scratch_disks.blank if step.encrypted else scratch_disks.formatted
+    made = asyncio.ensure_future(asyncio.to_thread(make, data, step.size_bytes))
     try:
         return await asyncio.shield(made)
     except asyncio.CancelledError:
         made.add_done_callback(_close_result)
         raise
+
+
+async def _close(_encrypted: bool, fd: int) -> None:
+    os.close(fd)
 
 
 def _close_result(made: asyncio.Task[int]) -> None:

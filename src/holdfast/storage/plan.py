@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
+from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.mounts import options as mount_options
 from holdfast.spec.runtime import DISK_TYPES, Mount, Spec
 from holdfast.storage.scratch import whole_blocks
@@ -41,6 +42,8 @@ class LayeredRoot(msgspec.Struct, frozen=True, tag="layers"):
         layers: (path of the disk, diffID), top-most first.
         scratch_bytes: size of the disk for the container's writes; 0 makes the root read-only.
         mode, uid, gid: of ``/``.
+        verity: what each layer is to be checked by, by the path of its disk; empty for not at all.
+        encrypted, shared: of the scratch disk; see :class:`~holdfast.storage.steps.MakeScratch`.
     """
 
     layers: tuple[tuple[str, str], ...]
@@ -48,6 +51,9 @@ class LayeredRoot(msgspec.Struct, frozen=True, tag="layers"):
     mode: int = 0o755
     uid: int = 0
     gid: int = 0
+    verity: dict[str, Verity] = {}
+    encrypted: bool = False
+    shared: bool = False
 
 
 class DirectoryRoot(msgspec.Struct, frozen=True, tag="directory"):
@@ -64,13 +70,15 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         free_slots: SCSI slots left.
         containers: names in use.
         disks: (device, inode) of attached disks -> whether writable.
-        layers: paths of attached layers.
+        layers: paths of attached layers, and the root hashes that they are checked by.
+        scratch: whether the scratch disks that containers share are encrypted.
     """
 
     free_slots: int = 256
     containers: frozenset[str] = frozenset()
     disks: dict[tuple[int, int], bool] = {}
-    layers: frozenset[str] = frozenset()
+    layers: frozenset[tuple[str, str]] = frozenset()
+    scratch: frozenset[bool] = frozenset()
 
 
 def plan_container(
@@ -120,10 +128,13 @@ def _root_steps(root: LayeredRoot | DirectoryRoot, sources: dict[str, Source]) -
         raise InvalidInput("plan container", why="its root filesystem has no layers", code="no-layers")
     # A layer that is there twice (empty ones are) hides itself where it is lower, and overlayfs refuses to have both.
     layers = dict.fromkeys(root.layers)
-    steps: list[AnyStep] = [MountLayer(f"layer{index}", path, diff_id) for index, (path, diff_id) in enumerate(layers)]
+    steps: list[AnyStep] = [
+        MountLayer(f"layer{index}", path, diff_id, root.verity.get(path))
+        for index, (path, diff_id) in enumerate(layers)
+    ]
     layer_ids = tuple(step.id for step in steps)
     if root.scratch_bytes:
-        steps.append(MakeScratch("scratch", whole_blocks(root.scratch_bytes)))
+        steps.append(MakeScratch("scratch", whole_blocks(root.scratch_bytes), root.encrypted, root.shared))
     scratch = "scratch" if root.scratch_bytes else ""
     steps.append(CombineLayers("root", layer_ids, scratch, root.mode, root.uid, root.gid))
     return steps, "root"
@@ -259,9 +270,12 @@ def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
 
 def _slots_needed(steps: list[AnyStep], pod: PodSnapshot) -> int:
     """What is attached already, and what several steps attach, takes no slot of its own."""
-    layers = {step.path for step in steps if isinstance(step, MountLayer)} - pod.layers
+    wanted = [step for step in steps if isinstance(step, MountLayer)]
+    layers = {(step.path, step.verity.root_hash if step.verity else "") for step in wanted} - pod.layers
     disks = {(step.device, step.inode) for step in steps if isinstance(step, MountDisk)} - set(pod.disks)
-    return len(layers) + len(disks) + sum(isinstance(step, MakeScratch) for step in steps)
+    scratch = [step for step in steps if isinstance(step, MakeScratch)]
+    made = sum(not (step.shared and step.encrypted in pod.scratch) for step in scratch)
+    return len(layers) + len(disks) + made
 
 
 def _times(steps: list[AnyStep], disk: MountDisk) -> int:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MIN_BYTES = 16 << 20
 MAX_BYTES = 16 << 40
 DEFAULT_BYTES = 10 << 30
+#: What guest/mapped.py gives the header of an encrypted disk.
+LUKS_BYTES = 1 << 20
 _MKE2FS = "/sbin/mke2fs"
 _MKE2FS_SECONDS = 120
 #: No journal: the disk does not outlive its container, so there is nothing to recover.  Inode tables are
@@ -93,6 +95,29 @@ def prepare(data: Path, size_bytes: int) -> Path:
     finally:
         os.close(fd)
     return path
+
+
+def formatted(data: Path, size_bytes: int) -> int:
+    """A new scratch disk of a size; see :func:`prepare` and :func:`copy`."""
+    return copy(prepare(data, size_bytes))
+
+
+def blank(data: Path, size_bytes: int) -> int:
+    """A disk of zeros that has room for so much once the guest has encrypted it; the caller owns the descriptor.
+
+    Raises:
+        InvalidInput: the size is out of range.
+        Exhausted: the host's disk is full.
+    """
+    folder = data / "scratch"
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = _unnamed(folder)
+    try:
+        os.ftruncate(fd, whole_blocks(size_bytes) + LUKS_BYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def copy(prepared: Path) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
+
 
 class Step(msgspec.Struct, frozen=True, tag_field="step", omit_defaults=True):
     """One step.  ``id`` names what it yields: a path in the guest, known when it has been done."""
@@ -18,22 +20,36 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", omit_defaults=True):
 
 
 class MountLayer(Step, frozen=True, tag="layer"):
-    """Attach an image layer's disk, read-only, and mount it."""
+    """Attach an image layer's disk, read-only, and mount it; with ``verity`` every block is checked as it is read."""
 
     path: str
     diff_id: str = ""
+    verity: Verity | None = None
 
     def describe(self) -> str:
-        return f"attach layer {self.diff_id.removeprefix('sha256:')[:12] or self.path} read-only and mount it"
+        name = self.diff_id.removeprefix("sha256:")[:12] or self.path
+        check = f", verify it by root hash {self.verity.root_hash[:12]}" if self.verity else ""
+        return f"attach layer {name} read-only{check} and mount it"
 
 
 class MakeScratch(Step, frozen=True, tag="scratch"):
-    """Make a new, empty ext4 disk and mount it for the container's own writes."""
+    """Make a new, empty ext4 disk and mount it for the container's own writes.
+
+    Attributes:
+        encrypted: by the guest, with a key that is nowhere else.
+        shared: one disk for all containers of the pod that say so, with a folder for each.  The first decides its size.
+    """
 
     size_bytes: int
+    encrypted: bool = False
+    shared: bool = False
 
     def describe(self) -> str:
-        return f"make a scratch disk of {self.size_bytes >> 20} MiB and mount it"
+        if self.shared:
+            kind = "encrypted scratch disk" if self.encrypted else "scratch disk"
+            return f"mount the pod's {kind} ({self.size_bytes >> 20} MiB if it is new) and make a folder on it"
+        encrypt = ", encrypt it" if self.encrypted else ""
+        return f"make a scratch disk of {self.size_bytes >> 20} MiB{encrypt} and mount it"
 
 
 class CombineLayers(Step, frozen=True, tag="overlay"):
