@@ -34,9 +34,12 @@ from holdfast.spec.sizes import parse_size
 from holdfast.storage import scratch
 from holdfast.storage.journal import Journal
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot
+from holdfast.storage.protect import Protection, protect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from holdfast.image.records import Verity
 
 START_SECONDS = 300.0
 
@@ -81,14 +84,25 @@ def container_request(
     mounts: Iterable[str | dict[str, Any]] = (),
     read_only: bool = False,
     scratch_bytes: int = scratch.DEFAULT_BYTES,
+    verity: bool | None = None,
+    encrypt_scratch: bool | None = None,
+    reuse_scratch: bool | None = None,
     stdio: Stdio | None = None,
 ) -> ContainerRequest:
     """What a monitor is asked to run, from an image or a bundle; nothing is started.
 
+    Args:
+        verity: every block of the image is checked by dm-verity when it is read.
+        encrypt_scratch: what the container writes is encrypted by the guest, with a key that is nowhere else.
+        reuse_scratch: it writes to one scratch disk with the pod's other containers that say so; the first one's
+            ``scratch_bytes`` count.  These three are what an annotation says if they are None.
+
     Raises:
         NotFound, InvalidInput: the image, the bundle or a mount is not there or not right.
+        Unsupported: the image has no hash trees.
     """
     root: LayeredRoot | DirectoryRoot
+    trees: dict[str, Verity | None] = {}
     if bundle is not None:
         loaded = Bundle.load(bundle)
         made = customise(
@@ -106,6 +120,11 @@ def container_request(
         )  # fmt: skip
         top_first = tuple((layer.disk, layer.diff_id) for layer in reversed(found.layers))
         root = LayeredRoot(top_first, scratch_bytes, found.root.mode, found.root.uid, found.root.gid)
+        trees = {layer.disk: layer.verity for layer in found.layers}
+    root = protect(
+        root, Protection(verity, encrypt_scratch, reuse_scratch), made.raw.get("annotations") or {}, trees,
+        image or str(bundle),
+    )  # fmt: skip
     add_mounts(made.raw, [parse_mount(m, cwd=os.getcwd()) if isinstance(m, str) else m for m in mounts])
     if bundle is not None:
         _absolute_sources(made.raw, Path(bundle).absolute())
@@ -215,7 +234,7 @@ class Pod:
             mounts: as ``--mount`` takes them, or runtime-spec objects.
             stdin: bytes for its standard input.
             options: ``env``, ``cwd``, ``user``, ``hostname``, ``entrypoint``, ``annotations``, ``read_only``,
-                ``scratch_bytes``, as the command line has them.
+                ``scratch_bytes``, ``verity``, ``encrypt_scratch``, ``reuse_scratch``, as the command line has them.
 
         Raises:
             HoldfastError: it could not be run; the container's own failure is its status.

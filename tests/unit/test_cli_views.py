@@ -95,7 +95,7 @@ def test_images(archive, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == []
     assert main(["image", "import", str(archive), "--name", "x", *where]) == 0
     out, err = capsys.readouterr()
-    assert out == "x: 1 layer, 4 KiB\n"
+    assert out == "x: 1 layer, 8 KiB\n"
     assert err.startswith("holdfast: layer ")
     assert ": done (" in err
     assert main(["image", "import", str(archive), "--name", "x", *where]) == 0
@@ -103,7 +103,7 @@ def test_images(archive, tmp_path, capsys):
     assert main(["image", "list", *where]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[0] == "x"
     assert main(["image", "inspect", "x", *where, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["size_bytes"] == 4096
+    assert json.loads(capsys.readouterr().out)["size_bytes"] == 8192
     assert main(["image", "inspect", "x", *where]) == 0
     assert "platform:    linux/" in capsys.readouterr().out
     assert main(["image", "remove", "nothing", "x", *where, "--json"]) == 125

@@ -116,8 +116,12 @@ def test_commands_that_do_not_run(shared_pod, command, kind, status):
     with pytest.raises(kind) as caught:
         shared_pod.run(BUSYBOX, [command])
     assert caught.value.exit_status == status
-    assert command.rpartition("/")[2] in str(caught.value)
+    assert command in str(caught.value)
     assert_holds_nothing(shared_pod)
+    with running(shared_pod, "c"), pytest.raises(kind) as caught:
+        shared_pod.exec("c", [command])
+    assert caught.value.exit_status == status
+    assert command in str(caught.value)
 
 
 # -- what it runs as ------------------------------------------------------------------------------

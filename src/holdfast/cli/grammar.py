@@ -119,6 +119,9 @@ def _add_run(verbs: _Verbs) -> None:
         option("--hostname", metavar="NAME", help="in the container")
         option("--read-only", action="store_true", help="the root filesystem is read-only")
         option("--scratch-size", metavar="SIZE", help="how much the container can write")
+        option("--reuse-scratch", action="store_true", help="write to one scratch disk with others of the pod")
+        option("--encrypt-scratch", action="store_true", help="encrypt what is written; the key stays in the machine")
+        option("--verity", action="store_true", help="check every block of the image when it is read")
         option("--annotation", action="append", default=[], metavar="K=V", help="of the container (repeatable)")
         option("--rm", action="store_true", help="accepted for podman's sake: a container is always removed")
 

@@ -61,6 +61,9 @@ class RunOptions(Struct, frozen=True):
     detach: bool = False
     read_only: bool = False
     scratch_bytes: int | None = None
+    verity: bool = False
+    encrypt_scratch: bool = False
+    reuse_scratch: bool = False
 
 
 class PlanOptions(Struct, frozen=True):
@@ -324,6 +327,9 @@ def make_run(words: Words) -> RunOptions:
         detach=found.detach,
         read_only=found.read_only,
         scratch_bytes=scratch,
+        verity=found.verity,
+        encrypt_scratch=found.encrypt_scratch,
+        reuse_scratch=found.reuse_scratch,
     )
 
 

@@ -138,6 +138,9 @@ def container_request(command: RunOptions, name: str, line: CommandLine) -> Cont
     options: dict[str, Any] = {}
     if command.scratch_bytes is not None:
         options["scratch_bytes"] = command.scratch_bytes
+    for flag in ("verity", "encrypt_scratch", "reuse_scratch"):
+        if getattr(command, flag):  # else annotations may say so
+            options[flag] = True
     request = api.container_request(
         name, Path(line.data), image=command.image or "", bundle=command.bundle, args=command.args,
         entrypoint=command.entrypoint, env=command.env, cwd=command.cwd, user=command.user,

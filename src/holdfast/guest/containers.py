@@ -7,6 +7,7 @@ import os
 import signal
 
 from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, InUse, InvalidInput, NotFound
+from holdfast.guest.commands import check_command
 from holdfast.guest.streams import Input, Output
 from holdfast.guest.users import apply_user
 
@@ -95,6 +96,8 @@ class Containers:
         spec = _dict(params, "spec")
         _own_root(spec["root"]["path"], params.get("root"))
         apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
+        mounted = [str(mount.get("destination")) for mount in spec.get("mounts") or ()]
+        check_command(spec["process"], spec["root"]["path"], mounted)
         with open(f"{bundle}/config.json", "w") as file:
             json.dump(spec, file)
         argv = ["run", "--detach", "--bundle", bundle]
@@ -114,6 +117,7 @@ class Containers:
         if params.get("user"):
             with open(f"{BUNDLES}/{container}/config.json") as file:
                 apply_user(process, str(params["user"]), json.load(file)["root"]["path"])
+        check_command(process, f"/proc/{main.pid}/root", [])
         with open(f"{folder}/process.json", "w") as file:
             json.dump(process, file)
         argv = ["exec", "--detach", "--process", f"{folder}/process.json"]

@@ -183,7 +183,14 @@ def _link(extraction: Extraction) -> None:
                     "extract layer", subject=extraction.subject, code="bad-archive",
                     why=f"{os.fsdecode(name)!r} is a hard link to {os.fsdecode(target)!r}, which is in no layer",
                 )  # fmt: skip
-            extraction.root.link(target, name)
+            try:
+                extraction.root.link(target, name)
+            except (PermissionError, NotADirectoryError, FileNotFoundError) as error:
+                # A directory came to be where the target should be, or something else where its parent was.
+                raise Corrupt(
+                    "extract layer", subject=extraction.subject, code="bad-archive",
+                    why=f"{os.fsdecode(name)!r} cannot be a hard link to {os.fsdecode(target)!r}: {error.strerror}",
+                ) from None  # fmt: skip
 
 
 def _under(path: bytes, directories: set[bytes]) -> bool:

@@ -88,6 +88,12 @@ FALLOC_FL_PUNCH_HOLE = 2
 
 FICLONE = 0x40049409
 
+RENAME_EXCHANGE = 2
+
+PR_CAPBSET_DROP = 24
+CAP_MKNOD = 27
+CAP_SETFCAP = 31
+
 _NR = {
     "umount2": 166,
     "mount": 165,
@@ -104,6 +110,10 @@ _NR = {
     "prctl": 157,
     "fallocate": 285,
     "clock_settime": 227,
+    "renameat2": 316,
+    "inotify_init1": 294,
+    "inotify_add_watch": 254,
+    "inotify_rm_watch": 255,
 }
 
 # Every argument is a machine word: pointers are passed as addresses of buffers kept alive by the caller.
@@ -250,3 +260,23 @@ def clock_settime(clock: int, nanoseconds: int) -> None:
     """clock_settime(2): sets ``clock`` to nanoseconds since the epoch."""
     spec = _Timespec(nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
     _call("clock_settime", None, clock, ctypes.addressof(spec))
+
+
+def renameat2(old: str | bytes, new: str | bytes, flags: int) -> None:
+    """renameat2(2), Linux 3.15."""
+    _call("renameat2", old, AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags)
+
+
+def inotify_init1(flags: int) -> int:
+    """inotify_init1(2)."""
+    return _call("inotify_init1", None, flags)
+
+
+def inotify_add_watch(fd: int, path: str | bytes, mask: int) -> int:
+    """inotify_add_watch(2)."""
+    return _call("inotify_add_watch", path, fd, os.fsencode(path), mask)
+
+
+def inotify_rm_watch(fd: int, watch: int) -> None:
+    """inotify_rm_watch(2)."""
+    _call("inotify_rm_watch", None, fd, watch)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 HELLO_SECONDS = 5.0
 BOOT_SECONDS = 90.0
 _UNPLUG_SECONDS = 10.0
+#: Formats whose drivers QEMU calls otherwise.
+_DRIVERS = {"vhd": "vpc"}
 
 
 class VirtualMachine:
@@ -72,7 +74,7 @@ class VirtualMachine:
         driver = "host_device" if block_device else "file"
         file = {"driver": driver, "filename": f"/dev/fdset/{fdset}", "read-only": read_only, "discard": "unmap"}
         options: dict[str, Any] = {
-            "node-name": node, "driver": disk_format, "read-only": read_only, "discard": "unmap", "file": file,
+            "node-name": node, "driver": _DRIVERS.get(disk_format, disk_format), "read-only": read_only, "discard": "unmap", "file": file,
         }  # fmt: skip
         if disk_format == "qcow2":  # never opens another file by itself, whatever the image says
             options["backing"] = None

@@ -18,6 +18,7 @@ from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.machine.sandbox import CONTROLLERS, LUNS, Slot
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.counted import Counted, HalfMade
+from holdfast.storage.disk_formats import identity
 from holdfast.storage.undo import Undo
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class DiskKey(NamedTuple):
     read_only: bool
     disk_format: str
     verity: str = ""
+    exclusive: bool = False
 
 
 class Disk(msgspec.Struct, frozen=True):
@@ -49,6 +51,7 @@ class Disk(msgspec.Struct, frozen=True):
         device, inode: what was seen behind the path; 0 when nothing was looked at.
         verity: what the guest is to check it by.  Such a disk is another attachment than the same one unchecked.
         encrypted: a blank disk that the guest encrypts and formats before it mounts it.
+        access: see :attr:`level`; empty for what follows from ``kind`` and ``read_only``.
     """
 
     path: str
@@ -60,6 +63,18 @@ class Disk(msgspec.Struct, frozen=True):
     inode: int = 0
     verity: Verity | None = None
     encrypted: bool = False
+    access: str = ""
+
+    @property
+    def level(self) -> str:
+        """Who may have the disk open: the three levels of utility VMs.
+
+        ``none``: nobody is asked, for nobody ever writes to it (layers).  ``group``: any number of pods, read-only.
+        ``individual``: this pod alone.  Nothing is granted on the file itself, and so nothing has to be taken back:
+        QEMU gets an open descriptor, and the level is what is checked, by a lease, before that is made.
+        """
+        derived = "none" if self.kind == "layer" else "group" if self.read_only else "individual"
+        return self.access or derived
 
     def open(self) -> int:
         """Opens the file; the caller owns the descriptor.
@@ -68,6 +83,9 @@ class Disk(msgspec.Struct, frozen=True):
             NotFound: it is gone.
             InvalidInput: it is not what was seen when the plan was made, or no disk.
         """
+        if self.level != "individual" and not self.read_only:
+            why = f"access {self.level!r} is for reading only"
+            raise InvalidInput("open disk", subject=self.path, why=why, code="access")
         flags = os.O_RDONLY if self.read_only else os.O_RDWR
         try:
             fd = os.open(self.path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -76,7 +94,7 @@ class Disk(msgspec.Struct, frozen=True):
         except OSError as error:
             raise InvalidInput("open disk", subject=self.path, why=error, code="source-unreadable") from None
         status = os.fstat(fd)
-        changed = self.inode and (status.st_dev, status.st_ino) != (self.device, self.inode)
+        changed = self.inode and identity(status) != (self.device, self.inode)
         disk = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
         if changed or not disk:
             os.close(fd)
@@ -86,7 +104,7 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class Attachment(msgspec.Struct, frozen=True):
-    """A disk in a slot.  ``row`` is its line in the journal."""
+    """A disk in a slot.  ``row`` is its line in the journal; ``access`` is the disk's :attr:`Disk.level`."""
 
     disk: Disk
     key: DiskKey
@@ -94,6 +112,7 @@ class Attachment(msgspec.Struct, frozen=True):
     size_bytes: int
     row: int
     leased: bool
+    access: str
 
 
 class Attachments:
@@ -157,15 +176,18 @@ class Attachments:
             self._taken.add(slot)
             undo.push("free slot", lambda: self._taken.discard(slot))
             size = os.lseek(fd, 0, os.SEEK_END)
-            detail = {"slot": str(slot), "read_only": disk.read_only, "kind": disk.kind, "format": disk.disk_format}
+            detail = {
+                "slot": str(slot), "read_only": disk.read_only, "kind": disk.kind, "format": disk.disk_format,
+                "access": disk.level,
+            }  # fmt: skip
             row = self._journal.intend(self._pod, "attachment", disk.path, detail)
             undo.push("journal", lambda: self._journal.release(row))
             leased = disk.kind == "disk"
             if leased:
-                writable = not disk.read_only
-                self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=writable)
+                alone = disk.level == "individual"
+                self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=alone)
                 undo.push("end lease", lambda: self._end_lease(key))
-            attachment = made = Attachment(disk, key, slot, size, row, leased)
+            attachment = made = Attachment(disk, key, slot, size, row, leased, disk.level)
             # From here on nothing is given back before the device is gone, so undoing is one act, not a list of them.
             undo.forget()
             undo.push("unplug disk", lambda: self._take_out(made))
@@ -198,7 +220,8 @@ class Attachments:
         self._journal.release(attachment.row)
 
     def _end_lease(self, key: DiskKey) -> None:
-        self._journal.end_lease(self._pod, key.device, key.inode, writable=not key.read_only)
+        alone = key.exclusive or not key.read_only
+        self._journal.end_lease(self._pod, key.device, key.inode, writable=alone)
 
     def _free_slot(self, disk: Disk) -> Slot:
         for controller in range(CONTROLLERS):

@@ -78,9 +78,13 @@ class Journal:
         try:
             self._db = apsw.Connection(str(root / "journal.db"))
             self._db.set_busy_timeout(_BUSY_MS)
-            self._db.pragma("journal_mode", "wal")
-            self._db.pragma("synchronous", "full")
-            self._db.execute(_SCHEMA)
+            # SQLite waits for nobody while it changes to this mode (sqlite.org/wal.html): of two who open a new
+            # journal at once, one would be told that it is locked.
+            with open(root / "journal.db-lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._db.pragma("journal_mode", "wal")
+                self._db.pragma("synchronous", "full")
+                self._db.execute(_SCHEMA)
         except apsw.Error as error:
             raise HoldfastError(
                 "open journal", subject=root / "journal.db", why=error, code="journal-unusable"

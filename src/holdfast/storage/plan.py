@@ -13,7 +13,9 @@ import msgspec
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.mounts import options as mount_options
-from holdfast.spec.runtime import DISK_TYPES, Mount, Spec
+from holdfast.spec import disk_options
+from holdfast.spec.runtime import DISK_TYPES, Mount, Spec, clean_path
+from holdfast.storage.disk_formats import needs_parent, plain
 from holdfast.storage.scratch import whole_blocks
 from holdfast.storage.steps import (
     AnyStep,
@@ -70,7 +72,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         free_slots: SCSI slots left.
         containers: names in use.
         disks: (device, inode) of attached disks -> whether writable.
-        layers: paths of attached layers, and the root hashes that they are checked by.
+        layers: (path, root hash that it is checked by) of attached layers.
         scratch: whether the scratch disks that containers share are encrypted.
     """
 
@@ -161,6 +163,11 @@ def mount_step(
         raise InvalidInput("plan mount", subject=subject, why="the source is not an absolute path", code="mount-source")
     _check_present(source, subject)
     step: MountDisk | ShareDirectory
+    if mount.kind == "bind" and mount.destination.startswith(disk_options.BLOCKDEV):
+        raise InvalidInput(
+            "plan mount", subject=subject, why="only a disk can be shown as a device", code="blockdev-destination",
+            hint="say type=disk or type=physical-disk",
+        )  # fmt: skip
     step = _share(index, mount, source, subject) if mount.kind == "bind" else _disk(index, mount, source, subject)
     # The same thing twice is one step: it is attached once, and mounted where each mount wants it.
     for other in earlier:
@@ -208,30 +215,67 @@ def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
             code="disk-in-use",
             hint="unmount it first",
         )
-    if source.disk_format == "qcow2 with another file":
-        raise Unsupported(
-            "plan mount", subject=subject, why="this qcow2 image refers to another file, which is not opened",
-            code="disk-format", hint="qemu-img convert makes one that stands alone",
-        )  # fmt: skip
-    if not source.size_bytes or source.size_bytes % 512:
+    wanted = disk_options.take(mount_options.split(mount.options), subject)
+    disk_format = _disk_format(source, wanted.disk_format, subject)
+    if not source.size_bytes or (source.size_bytes % 512 and disk_format == "raw"):
         raise InvalidInput(
             "plan mount",
             subject=subject,
             why=f"{source.size_bytes} bytes are no whole number of sectors",
             code="disk-size",
         )
-    if source.disk_format == "raw" and source.filesystem in ("", "luks", "swap"):
+    block_dev = mount.destination.startswith(disk_options.BLOCKDEV)
+    if block_dev:
+        _check_device_path(mount.destination.removeprefix(disk_options.BLOCKDEV), subject)
+    # Only of a whole disk, and only in the format that was looked at, is it known what is on it.
+    known = disk_format == source.disk_format == "raw" and not wanted.partition and not block_dev
+    if known and source.filesystem in ("", "luks", "swap"):
         raise InvalidInput(
             "plan mount", subject=subject, code="no-filesystem",
             why=f"it holds {source.filesystem}, not a filesystem" if source.filesystem else "no known filesystem on it",
-            hint="make one with mkfs; Holdfast never formats a disk that it did not make",
+            hint="make one with mkfs, or name one of its partitions: partition=1; Holdfast never formats a disk that it"
+            " did not make",
         )  # fmt: skip
-    read_only = mount.read_only or source.filesystem in ("erofs", "squashfs", "iso9660")
-    kept = tuple(option for option in mount.options if option not in _BIND_WORDS and not _is_access(option))
+    filesystem = source.filesystem if known else ""
+    read_only = mount.read_only or filesystem in ("erofs", "squashfs", "iso9660")
+    if wanted.access == "group" and not read_only:
+        raise InvalidInput(
+            "plan mount", subject=subject, why="a disk that several pods may have is read-only in all", code="access",
+            hint="add ro",
+        )  # fmt: skip
+    kept = tuple(option for option in wanted.options if option not in _BIND_WORDS and not _is_access(option))
     return MountDisk(
-        f"m{index}", mount.source, source.device, source.inode, read_only, source.disk_format,
-        source.kind == "block device", source.filesystem, kept,
+        f"m{index}", mount.source, source.device, source.inode, read_only, disk_format,
+        source.kind == "block device", filesystem, () if block_dev else kept, wanted.partition, block_dev,
+        wanted.access,
     )  # fmt: skip
+
+
+def _disk_format(source: Source, wanted: str, subject: str) -> str:
+    """The format that the file has, or is said to have: any may be read as raw."""
+    if wanted == "raw":
+        return wanted
+    if needs_parent(source.disk_format):
+        kind = plain(source.disk_format)
+        raise Unsupported(
+            "plan mount", subject=subject, why=f"this {kind} image refers to another file, which is not opened",
+            code="disk-format", hint="qemu-img convert makes one that stands alone",
+        )  # fmt: skip
+    if wanted and wanted != source.disk_format:
+        raise InvalidInput(
+            "plan mount", subject=subject, why=f"it is no {wanted} image but {source.disk_format}", code="disk-format"
+        )
+    return source.disk_format
+
+
+def _check_device_path(path: str, subject: str) -> None:
+    """Where the container gets the device; empty if no container does."""
+    if path and (not path.startswith("/") or clean_path(path) in ("/", "/dev")):
+        raise InvalidInput(
+            "plan mount", subject=subject, code="blockdev-destination",
+            why="after blockdev:// comes the absolute path of the device in the container",
+            hint="dst=blockdev:///dev/data",
+        )  # fmt: skip
 
 
 def _is_access(option: str) -> bool:

@@ -68,7 +68,13 @@ class CombineLayers(Step, frozen=True, tag="overlay"):
 
 
 class MountDisk(Step, frozen=True, tag="disk"):
-    """Attach a disk that the user brought, and mount what is on it."""
+    """Attach a disk that the user brought, and mount what is on it.
+
+    Attributes:
+        partition: from 1; 0 is the whole disk.
+        block_dev: do not mount it: a link to the device is made in the guest, and removed again.
+        access: see :attr:`~holdfast.storage.attachments.Disk.access`.
+    """
 
     path: str
     device: int
@@ -79,11 +85,15 @@ class MountDisk(Step, frozen=True, tag="disk"):
     filesystem: str = ""
     options: tuple[str, ...] = ()
     partition: int = 0
+    block_dev: bool = False
+    access: str = ""
 
     def describe(self) -> str:
         mode = "read-only" if self.read_only else "writable"
         what = "block device" if self.block_device else f"{self.disk_format} disk"
-        return f"attach {what} {self.path} {mode} and mount its {self.filesystem or 'filesystem'}"
+        part = f" of partition {self.partition}" if self.partition else ""
+        then = "show its device" if self.block_dev else f"mount its {self.filesystem or 'filesystem'}"
+        return f"attach {what} {self.path} {mode} and {then}{part}"
 
 
 class ShareDirectory(Step, frozen=True, tag="share"):

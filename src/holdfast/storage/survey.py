@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from holdfast.mounts.probe import probe_filesystem
+from holdfast.storage.disk_formats import identity, probe_format
 
 if TYPE_CHECKING:
     from holdfast.spec.runtime import Mount
@@ -23,7 +23,6 @@ _KINDS = {
     stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFBLK: "block device", stat.S_IFCHR: "character device",
     stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
 }  # fmt: skip
-_QCOW2_MAGIC = b"QFI\xfb"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -33,8 +32,7 @@ class Source(msgspec.Struct, frozen=True):
         kind: ``directory``, ``file``, ``block device``, ``character device``, ``FIFO``, ``socket``, ``missing``,
             ``dangling link``, or ``unreadable``.
         why: for the last three: the kernel's text.
-        disk_format: of a file used as a disk: ``raw`` or ``qcow2``; ``qcow2 with another file`` is one that
-            refers to a further file, which Holdfast does not open.
+        disk_format: of what is used as a disk; see :func:`~holdfast.storage.disk_formats.probe_format`.
         filesystem: on a raw disk; empty when none is recognised or the format hides it.
         mounted: a block device that the host itself uses: it, or a part of it, is mounted, swapped to, or in an array.
     """
@@ -74,7 +72,8 @@ def look(path: str, *, as_disk: bool = False) -> Source:
     kind = _KINDS.get(stat.S_IFMT(status.st_mode), "unreadable")
     found = Source(path, kind, device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size)
     if as_disk and kind in ("file", "block device"):
-        return _look_inside(found, status)
+        device, inode = identity(status)
+        return _look_inside(msgspec.structs.replace(found, device=device, inode=inode), status)
     return found
 
 
@@ -85,7 +84,7 @@ def _look_inside(source: Source, status: os.stat_result) -> Source:
         return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
-        disk_format = _format(os.pread(fd, 112, 0))
+        disk_format = probe_format(fd, size)
         filesystem = probe_filesystem(fd) if disk_format == "raw" else ""
     except OSError as error:
         return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
@@ -95,15 +94,6 @@ def _look_inside(source: Source, status: os.stat_result) -> Source:
     return msgspec.structs.replace(
         source, size_bytes=size, disk_format=disk_format, filesystem=filesystem, mounted=mounted
     )
-
-
-def _format(head: bytes) -> str:
-    """qcow2 by its header (QEMU docs/interop/qcow2.txt); anything else is raw."""
-    if len(head) < 80 or head[:4] != _QCOW2_MAGIC:
-        return "raw"
-    version, backing_offset = struct.unpack_from(">IQ", head, 4)
-    (incompatible,) = struct.unpack_from(">Q", head, 72) if version >= 3 else (0,)
-    return "qcow2 with another file" if backing_offset or incompatible & 4 else "qcow2"
 
 
 def _is_used(device: str) -> bool:
