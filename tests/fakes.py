@@ -86,6 +86,11 @@ class FakeSandbox:
         if disk is not None:
             os.close(disk.fd)
 
+    async def resize_disk(self, slot: Slot, size_bytes: int) -> None:
+        """See :class:`Sandbox`."""
+        self._check_alive()
+        os.ftruncate(self.disks[slot].fd, size_bytes)
+
     async def plugged(self) -> set[Slot]:
         """See :class:`Sandbox`."""
         self._check_alive()
@@ -128,10 +133,16 @@ class FakeSandbox:
         if slot not in self.devices:
             raise TimedOut("request", why="its deadline passed in the guest")
         head = os.pread(self.disks[slot].fd, 4096, 0)
-        if not any(head):
+        if settings.block_dev:
+            return self._mount(settings.mount_path, Mounted("device", slot, settings.read_only))
+        if not any(head) and not settings.encrypted:
             raise GuestFailed("mount disk", subject=slot, why="no known filesystem on it", code="no-filesystem")
         assert settings.read_only or not self.disks[slot].read_only
         return self._mount(settings.mount_path, Mounted("disk", slot, settings.read_only))
+
+    def _update_lcowmappedvirtualdisk(self, settings: requests.LCOWMappedVirtualDisk) -> dict[str, str]:
+        assert settings.mount_path in self.mounts
+        return {"path": settings.mount_path}
 
     def _remove_lcowmappedvirtualdisk(self, settings: requests.LCOWMappedVirtualDisk) -> dict[str, str]:
         self._unmount(settings.mount_path)
@@ -148,14 +159,18 @@ class FakeSandbox:
             raise GuestFailed("bind", subject=settings.mount_path, why="No such file or directory", code="mount-failed")
         return self._mount(settings.mount_path, Mounted("share", settings.share_name, settings.read_only))
 
+    def _update_lcowmappeddirectory(self, settings: requests.LCOWMappedDirectory) -> dict[str, str]:
+        assert os.path.dirname(settings.mount_path) in self.mounts
+        return {}
+
     def _remove_lcowmappeddirectory(self, settings: requests.LCOWMappedDirectory) -> dict[str, str]:
         self._unmount(settings.mount_path)
         return {}
 
     def _add_lcowcombinedlayers(self, settings: requests.LCOWCombinedLayers) -> dict[str, str]:
         below = [layer.path for layer in settings.layers]
-        if settings.scratch_path:
-            below.append(settings.scratch_path)
+        if settings.scratch_path:  # the disk, or a folder on it
+            below.append(settings.scratch_path.partition("/scratch/")[0])
         for path in below:
             if path not in self.mounts:
                 raise GuestFailed("mount", subject=path, why="No such file or directory", code="mount-failed")
@@ -266,6 +281,10 @@ class Faulty:
     async def unplug_disk(self, slot: Slot) -> None:
         """See :class:`Sandbox`."""
         await self._run("unplug", lambda: self.inner.unplug_disk(slot))
+
+    async def resize_disk(self, slot: Slot, size_bytes: int) -> None:
+        """See :class:`Sandbox`."""
+        await self._run("resize", lambda: self.inner.resize_disk(slot, size_bytes))
 
     async def plugged(self) -> set[Slot]:
         """See :class:`Sandbox`."""

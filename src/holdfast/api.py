@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ from holdfast.pod.launch import launch
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest, Stdio
 from holdfast.spec.bundle import Bundle
 from holdfast.spec.default import ContainerSpec, customise, spec_for_image
+from holdfast.spec.disk_options import BLOCKDEV
 from holdfast.spec.mounts import add_mounts, parse_mount
+from holdfast.spec.pmem import COUNT, DEFAULT_DEVICES, PmemLimits, check_limits
 from holdfast.spec.sizes import parse_size
 from holdfast.storage import scratch
 from holdfast.storage.journal import Journal
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from holdfast.image.records import Verity
 
 START_SECONDS = 300.0
+_END_SECONDS = 5.0
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -87,6 +91,8 @@ def container_request(
     verity: bool | None = None,
     encrypt_scratch: bool | None = None,
     reuse_scratch: bool | None = None,
+    pmem: bool = False,
+    devices: Sequence[str] = (),
     stdio: Stdio | None = None,
 ) -> ContainerRequest:
     """What a monitor is asked to run, from an image or a bundle; nothing is started.
@@ -96,11 +102,15 @@ def container_request(
         encrypt_scratch: what the container writes is encrypted by the guest, with a key that is nowhere else.
         reuse_scratch: it writes to one scratch disk with the pod's other containers that say so; the first one's
             ``scratch_bytes`` count.  These three are what an annotation says if they are None.
+        pmem: its layers go to persistent memory, if the pod has some; an annotation may say so, too.
+        devices: addresses of PCI functions to assign, such as ``0000:01:00.0``.
 
     Raises:
         NotFound, InvalidInput: the image, the bundle or a mount is not there or not right.
         Unsupported: the image has no hash trees.
     """
+    if pmem:
+        annotations = {COUNT: str(DEFAULT_DEVICES), **(annotations or {})}
     root: LayeredRoot | DirectoryRoot
     trees: dict[str, Verity | None] = {}
     if bundle is not None:
@@ -125,6 +135,9 @@ def container_request(
         root, Protection(verity, encrypt_scratch, reuse_scratch), made.raw.get("annotations") or {}, trees,
         image or str(bundle),
     )  # fmt: skip
+    if devices:
+        windows = made.raw["windows"] = dict(made.raw.get("windows") or {})
+        windows["devices"] = [*(windows.get("devices") or ()), *({"idType": "vpci", "id": id} for id in devices)]
     add_mounts(made.raw, [parse_mount(m, cwd=os.getcwd()) if isinstance(m, str) else m for m in mounts])
     if bundle is not None:
         _absolute_sources(made.raw, Path(bundle).absolute())
@@ -157,6 +170,9 @@ class Pod:
         memory: guest RAM, as bytes or text such as ``"256M"``.
         cpus: virtual processors.
         template: ``"none"`` boots a machine of its own instead of starting from the saved one.
+        writable_shares: whether containers may get shares of the host that they can write to.
+        pmem: how much persistent memory containers may have their layers in, if they ask for it; True is the default.
+        ports: with places for assigned devices.
         root, data: the state root and the data folder.
         say: called with each line about slow work, such as the first boot.
         detached: the pod outlives this object and this process.
@@ -177,14 +193,18 @@ class Pod:
         data: str | Path | None = None,
         say: Callable[[str], None] | None = None,
         detached: bool = False,
+        writable_shares: bool = True,
+        pmem: PmemLimits | bool = False,
+        ports: bool = False,
     ) -> None:
         self.name = name or f"pod-{secrets.token_hex(4)}"
         self.root = state_root(root)
         self.data = data_folder(data)
         memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
         request = PodRequest(
-            self.name, str(self.root), str(self.data), isolation, memory_bytes, cpus, not detached, template == "none"
-        )
+            self.name, str(self.root), str(self.data), isolation, memory_bytes, cpus, not detached, template == "none",
+            writable_shares, _pmem_limits(pmem), ports,
+        )  # fmt: skip
         self._detached = detached
         self._client = launch(request)
         self._client.on_say = say or (lambda _text: None)
@@ -284,25 +304,47 @@ class Pod:
 
     # -- storage ------------------------------------------------------------------------------
 
-    def attach(self, mount: str | dict[str, Any]) -> str:
+    def attach(self, mount: str | dict[str, Any], *, container: str = "", mounted: bool = True) -> str:
         """Attaches a disk or shares a directory, and returns the path that the guest has it at.
 
         Args:
-            mount: as ``--mount`` takes it; the destination may be left out.
+            mount: as ``--mount`` takes it; without a ``container`` the destination may be left out.
+            container: a running container that sees it at the mount's destination from now on.
+            mounted: False gives the guest a disk's device, and mounts nothing.
 
         Raises:
             HoldfastError: it could not be attached; nothing of it is left.
         """
         raw = parse_mount(mount, cwd=os.getcwd(), destination_needed=False) if isinstance(mount, str) else mount
-        return str(self._client.request("attach", {"mount": raw})["guest_path"])
+        if not mounted and not str(raw.get("destination", "")).startswith(BLOCKDEV):
+            raw = {**raw, "destination": BLOCKDEV}
+        return str(self._client.request("attach", {"mount": raw, "container": container})["guest_path"])
 
-    def detach(self, guest_path: str) -> None:
+    def detach(self, path: str, *, container: str = "") -> None:
         """Lets go of what :meth:`attach` attached; can be tried again when it fails.
+
+        Args:
+            path: in the guest, as :meth:`attach` returned it; in the container, if one is named.
 
         Raises:
             NotReleased: the guest keeps it busy.
         """
-        self._client.request("detach", {"guest_path": guest_path})
+        self._client.request("detach", {"guest_path": path, "container": container})
+
+    def grow_scratch(self, container: str, size: int | str) -> int:
+        """Makes the scratch disk that a running container writes to larger; returns its size in bytes.
+
+        Args:
+            size: the whole new size, as bytes or text such as ``"20G"``.
+
+        Raises:
+            NotFound: it has no scratch disk.
+            InvalidInput: the disk is larger already.
+            Unsupported: it is encrypted.
+        """
+        size_bytes = parse_size(size) if isinstance(size, str) else size
+        answer = self._client.request("grow", {"container": container, "size_bytes": size_bytes})
+        return int(answer["size_bytes"])
 
     def storage(self) -> dict[str, Any]:
         """Everything the pod holds: ``attachments`` by slot and ``shares`` by number."""
@@ -353,8 +395,12 @@ class Pod:
             self._client.wait_closed(30)
         self._client.close()
         with Journal(self.root) as journal:
-            if (self.root / "pods" / self.name).is_dir():
-                journal.collect(self.name)
+            # A killed monitor's connection ends a moment before its last child does, which may have its lock open.
+            deadline = time.monotonic() + (0 if self._detached else _END_SECONDS)
+            while (self.root / "pods" / self.name).is_dir() and not journal.collect(self.name):
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.01)
 
     def _better(self, error: BaseException) -> BaseException:
         if isinstance(error, ProtocolError) and error.code == "monitor-died":
@@ -363,6 +409,12 @@ class Pod:
                 hint="what it held has been let go of; the machine ended with it",
             )  # fmt: skip
         return error
+
+
+def _pmem_limits(pmem: PmemLimits | bool) -> PmemLimits:
+    limits = pmem if isinstance(pmem, PmemLimits) else PmemLimits(DEFAULT_DEVICES if pmem else 0)
+    check_limits(limits)
+    return limits
 
 
 def _stdio(stdin: bytes | None) -> Stdio:
@@ -410,5 +462,8 @@ def run(
     Raises:
         HoldfastError: it could not be run; the container's own failure is its status.
     """
-    with Pod(memory=memory, cpus=cpus, isolation=isolation, root=root, data=data) as pod:
+    pmem, ports = bool(options.get("pmem")), bool(options.get("devices"))
+    with Pod(
+        memory=memory, cpus=cpus, isolation=isolation, root=root, data=data, pmem=pmem, ports=ports
+    ) as pod:  # fmt: skip
         return pod.run(image, args, name=options.pop("name", pod.name), **options)

@@ -27,6 +27,16 @@ def test_this_host(tmp_path):
     assert os.listdir(tmp_path) == [], "a look makes nothing"
 
 
+def test_pci_devices(tmp_path):
+    groups, vfio = tmp_path / "groups", tmp_path / "vfio-pci"
+    places = {"iommu_groups": str(groups), "vfio": str(vfio)}
+    assert "no IOMMU" in examine(tmp_path, **places)["PCI devices"].what
+    (groups / "0").mkdir(parents=True)
+    assert examine(tmp_path, **places)["PCI devices"].fix == "modprobe vfio-pci"
+    (vfio / "0000:01:00.0").mkdir(parents=True)
+    assert examine(tmp_path, **places)["PCI devices"].what == "1 IOMMU groups; vfio-pci has 0000:01:00.0"
+
+
 def test_a_host_without_anything(tmp_path, monkeypatch):
     def no_qemu():
         raise NotFound("find QEMU", subject="/usr/bin/qemu", why="not there", hint="apt install qemu-system-x86")

@@ -52,6 +52,17 @@ def test_run_with_nothing() -> None:
     assert run("img") == cli.RunOptions(image="img", bundle=None)
 
 
+def test_persistent_memory_and_devices() -> None:
+    options = run("--pmem", "--device", "pci:0000:01:00.0", "--device", "pci:02:00.0/1", "--pci-ports", "img")
+    assert options.sandbox == cli.SandboxOptions(pmem=True, ports=True)
+    assert options.devices == ("0000:01:00.0", "02:00.0/1")
+    count = "io.microsoft.virtualmachine.devices.virtualpmem.maximumcount"
+    assert options.annotations == {count: "64"}
+    assert run("--pmem", "--annotation", f"{count}=8", "img").annotations == {count: "8"}
+    with pytest.raises(InvalidInput, match="no device of this host"):
+        run("--device", "/dev/sda", "img")
+
+
 def test_a_run_can_be_sent() -> None:
     options = run("-v", "/a:/b", "-e", "A=1", "img", "x")
     assert msgspec.json.decode(msgspec.json.encode(options), type=cli.RunOptions) == options
@@ -111,7 +122,11 @@ def test_entrypoint(text: str, entrypoint: tuple[str, ...]) -> None:
         ("storage p", cli.StorageOptions("p")),
         ("attach p --mount type=disk,src=d", cli.AttachOptions(
             "p", ({"destination": "", "type": "virtual-disk", "source": "/here/d", "options": ["rw"]},))),
+        ("attach p/c --mount type=disk,src=d,dst=/x,partition=2", cli.AttachOptions(
+            "p", ({"destination": "/x", "type": "virtual-disk", "source": "/here/d",
+                   "options": ["rw", "x-holdfast.partition=2"]},), "c")),
         ("detach p /run/x d", cli.DetachOptions("p", ("/run/x", "d"))),
+        ("detach p/c /x", cli.DetachOptions("p", ("/x",), "c")),
         ("image import x.tar --name a/b:1", cli.ImageImportOptions("/here/x.tar", "a/b:1")),
         ("image pull docker.io/x", cli.ImagePullOptions("docker.io/x")),
         ("image pull docker.io/x --name y", cli.ImagePullOptions("docker.io/x", "y")),

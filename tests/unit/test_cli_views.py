@@ -27,12 +27,13 @@ STORAGE = {
         {
             "slot": "0:1", "file": "/x\x1b[31m.qcow2", "kind": "disk", "format": "qcow2", "read_only": False,
             "size_bytes": 1 << 30, "holders": ["attach:1"], "guest_paths": ["/run/m1", "/run/m2"],
+            "container_paths": [], "read_bytes": 2 << 20, "written_bytes": 0,
         },
     ],
     "shares": [
         {
             "share": 3, "path": "/srv", "kind": "directory", "read_only": True, "holders": ["a"],
-            "guest_path": "/run/s3",
+            "guest_path": "/run/s3", "container_paths": ["a:/data"],
         },
     ],
 }  # fmt: skip
@@ -40,8 +41,8 @@ STORAGE = {
 
 def test_storage_for_a_pipe():
     assert storage.rows(STORAGE)[1:] == [
-        ("0:1", "disk (qcow2)", "rw", "1 GiB", "/x\x1b[31m.qcow2", "attach:1", "/run/m1, /run/m2"),
-        ("9p", "directory", "ro", "", "/srv", "a", "/run/s3"),
+        ("0:1", "disk (qcow2)", "rw", "1 GiB", "/x\x1b[31m.qcow2", "attach:1", "/run/m1, /run/m2", "", "2 MiB", "0 B"),
+        ("9p", "directory", "ro", "", "/srv", "a", "/run/s3", "a:/data", "", ""),
     ]
 
 
@@ -59,6 +60,7 @@ def test_storage_for_a_terminal(capsys, monkeypatch):
         "shares (1, over 9p)",
         "3  /srv  ro  directory",
         "a at /run/s3",
+        "a:/data",
     ]
 
 

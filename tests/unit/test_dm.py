@@ -1,4 +1,4 @@
-"""The device mapper's requests, byte for byte as linux/dm-ioctl.h has them; and its retries, on a kernel that is made up."""
+"""Requests to the device mapper, byte for byte as linux/dm-ioctl.h has them; its retries, on a made-up kernel."""
 
 from __future__ import annotations
 

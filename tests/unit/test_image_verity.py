@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.api import container_request
+from holdfast.cli.options import RunOptions, parse
 from holdfast.errors import Corrupt, InvalidInput, Unsupported
 from holdfast.image import erofs, verity
-from holdfast.image.records import Layer
+from holdfast.image.records import Layer, Verity
+from holdfast.image.store import ImageStore
 from holdfast.spec import annotations
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot
 from holdfast.storage.protect import Protection, protect
+from holdfast.storage.steps import MakeScratch, MountLayer
+from tests.image_archives import entry, saved, tar
 
 needs_veritysetup = pytest.mark.skipif(not shutil.which("veritysetup", path="/usr/sbin:/sbin"), reason="no veritysetup")
 #: One block has no tree; 128 fill a block of hashes, and 128 * 128 fill two levels.
-SIZES = (1, 2, 127, 128, 129, 128 * 128, 128 * 128 + 1)
+SIZES = (1, 2, 128, 129, 128 * 128 + 1)
 
 
 def make_disk(path, blocks):
@@ -99,6 +106,27 @@ def test_a_record_from_before_still_loads():
     assert old.verity is None
 
 
+def test_an_image_from_before_is_made_again_by_another_import(tmp_path):
+    store = ImageStore(tmp_path / "data")
+    archive = saved(tmp_path / "archive", tar(entry("file", data=b"x" * 9000)))
+    (layer,) = store.import_path(archive, "image").layers
+    assert layer.verity is not None
+    assert verity.read(layer.disk) == layer.verity
+    # As an earlier Holdfast left it: no tree, and a record that does not know of any.
+    before = Path(layer.disk).read_bytes()
+    os.chmod(layer.disk, 0o600)
+    os.truncate(layer.disk, layer.verity.hash_offset_bytes)
+    record = next((tmp_path / "data/images").glob("*.json"))
+    document = json.loads(record.read_bytes())
+    del document["layers"][0]["verity"]
+    record.write_text(json.dumps(document))
+    assert store.get("image").layers[0].verity is None
+    with pytest.raises(Unsupported):
+        container_request("c", tmp_path / "data", image="image", args=["true"], verity=True)
+    assert store.import_path(archive, "image").layers == (layer,)
+    assert Path(layer.disk).read_bytes() == before
+
+
 # -- who wants it -----------------------------------------------------------------------------------
 
 
@@ -145,3 +173,25 @@ def test_a_folder_of_the_host_cannot_be_protected():
             protect(folder, wanted, {}, {}, "bundle")
         assert caught.value.code == "root-is-a-folder"
     assert protect(folder, Protection(reuse_scratch=True), {}, {}, "bundle") == folder
+
+
+# -- what a plan and a command line say of it ---------------------------------------------------------
+
+
+def test_steps_tell():
+    tree = Verity("ab" * 32, "00" * 32, 10, 40960)
+    assert MountLayer("l", "/x", "sha256:" + "1" * 64, tree).describe() == (
+        "attach layer 111111111111 read-only, verify it by root hash abababababab and mount it"
+    )
+    assert "verify" not in MountLayer("l", "/x", "sha256:" + "1" * 64).describe()
+    assert MakeScratch("s", 64 << 20, True).describe() == "make a scratch disk of 64 MiB, encrypt it and mount it"
+    assert MakeScratch("s", 64 << 20, True, True).describe() == (
+        "mount the pod's encrypted scratch disk (64 MiB if it is new) and make a folder on it"
+    )
+
+
+def test_options_of_the_command():
+    line = parse(["run", "--verity", "--encrypt-scratch", "--reuse-scratch", "image"], environ={}, cwd="/")
+    run = line.command
+    assert isinstance(run, RunOptions)
+    assert (run.verity, run.encrypt_scratch, run.reuse_scratch) == (True, True, True)

@@ -38,6 +38,7 @@ _PROGRAMS = (
     ("busybox", "starts the guest", "busybox-static", True),
     ("mkfs.erofs", "makes layer disks and the guest's root disk", "erofs-utils", True),
     ("mke2fs", "formats scratch disks", "e2fsprogs", True),
+    ("cryptsetup", "encrypts scratch disks in the guest", "cryptsetup-bin", True),
     ("skopeo", "holdfast image pull", "skopeo", False),
     ("umoci", "the demo and some tests make images with it", "umoci", False),
 )
@@ -68,6 +69,8 @@ class Host(msgspec.Struct, frozen=True):
     kvm: str = "/dev/kvm"
     vsock: str = "/dev/vhost-vsock"
     cgroup: str = "/sys/fs/cgroup"
+    iommu_groups: str = "/sys/kernel/iommu_groups"
+    vfio: str = "/sys/bus/pci/drivers/vfio-pci"
 
 
 def doctor(_command: DoctorOptions, line: CommandLine, output: Output) -> int:
@@ -95,7 +98,7 @@ def examine(root: Path, data: Path, host: Host | None = None) -> list[Check]:
     version = _qemu(checks)
     checks += [_kernel(host), _guest(data), _accelerator(data, version, host)]
     checks += [_folder("state root", root), _folder("data folder", data), _unnamed_files(data), _space(data)]
-    checks += [_cgroups(host), _vsock(host)]
+    checks += [_cgroups(host), _vsock(host), _assignment(host)]
     return checks
 
 
@@ -162,6 +165,19 @@ def _cgroups(host: Host) -> Check:
     if os.path.isdir(host.cgroup) and os.listdir(host.cgroup):
         return Check("cgroups", "ok", "version 1 or hybrid (containers get those of the guest)")
     return Check("cgroups", "ok", "none here (containers get those of the guest)")
+
+
+def _assignment(host: Host) -> Check:
+    """Whether PCI devices can be assigned to pods; few want to, so that they cannot is no warning."""
+    groups = len(os.listdir(host.iommu_groups)) if os.path.isdir(host.iommu_groups) else 0
+    if not groups:
+        why = "none can be assigned: this host has no IOMMU in use (intel_iommu=on or amd_iommu=on, and the firmware)"
+        return Check("PCI devices", "ok", why)
+    if not os.path.isdir(host.vfio):
+        return Check("PCI devices", "ok", f"{groups} IOMMU groups; vfio-pci is not loaded", "modprobe vfio-pci")
+    bound = sorted(name for name in os.listdir(host.vfio) if name[:1].isdigit())
+    what = f"vfio-pci has {', '.join(bound)}" if bound else "vfio-pci has no device yet"
+    return Check("PCI devices", "ok", f"{groups} IOMMU groups; {what}")
 
 
 def _vsock(host: Host) -> Check:

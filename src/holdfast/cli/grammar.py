@@ -10,7 +10,6 @@ from holdfast.cli.options import (
     DEFAULT_DATA,
     DEFAULT_ROOT,
     AuditOptions,
-    DetachOptions,
     DoctorOptions,
     GcOptions,
     GuestBuildOptions,
@@ -30,6 +29,7 @@ from holdfast.cli.options import (
     TemplateRemoveOptions,
     Words,
     make_attach,
+    make_detach,
     make_exec,
     make_pod_create,
     make_run,
@@ -121,6 +121,8 @@ def _add_run(verbs: _Verbs) -> None:
         option("--scratch-size", metavar="SIZE", help="how much the container can write")
         option("--reuse-scratch", action="store_true", help="write to one scratch disk with others of the pod")
         option("--encrypt-scratch", action="store_true", help="encrypt what is written; the key stays in the machine")
+        text = "assign a PCI function of this host (repeatable)"
+        option("--device", action="append", default=[], metavar="pci:0000:BB:DD.F", help=text)
         option("--verity", action="store_true", help="check every block of the image when it is read")
         option("--annotation", action="append", default=[], metavar="K=V", help="of the container (repeatable)")
         option("--rm", action="store_true", help="accepted for podman's sake: a container is always removed")
@@ -131,6 +133,10 @@ def _add_sandbox(parser: ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help="clone this one; none: boot")
     parser.add_argument("--memory", metavar="SIZE", help="of the virtual machine (256M)")
     parser.add_argument("--cpus", metavar="N", help="of the virtual machine (1)")
+    text = "the pod gets no share of this host that it can write to"
+    parser.add_argument("--pci-ports", action="store_true", help="the pod has places for PCI devices")
+    parser.add_argument("--pmem", action="store_true", help="layers go to persistent memory, if there is room")
+    parser.add_argument("--no-writable-shares", action="store_true", default=None, help=text)
 
 
 def _add_mounts(parser: ArgumentParser) -> None:
@@ -184,18 +190,14 @@ def _add_storage(verbs: _Verbs) -> None:
     text = "every attachment, share and mount of a pod"
     parser = verbs.add("storage", text, lambda words: StorageOptions(words.name(words.found.pod, "POD")))
     parser.add_argument("pod", metavar="POD")
-    parser = verbs.add("attach", "add storage to a running pod and print its path in the guest", make_attach)
-    parser.add_argument("pod", metavar="POD")
+    text = "add storage to a running pod, or to a container in it, and print its path in the guest"
+    parser = verbs.add("attach", text, make_attach)
+    parser.add_argument("pod", metavar="POD[/CONTAINER]")
     _add_mounts(parser)
-    parser = verbs.add(
-        "detach",
-        "take storage from a running pod",
-        lambda words: DetachOptions(words.name(words.found.pod, "POD"), tuple(words.found.targets)),
-    )
-    parser.add_argument("pod", metavar="POD")
-    parser.add_argument(
-        "targets", nargs="+", metavar="PATH", help="in the guest, as attach printed it, or of this host"
-    )
+    parser = verbs.add("detach", "take storage from a running pod, or from a container in it", make_detach)
+    parser.add_argument("pod", metavar="POD[/CONTAINER]")
+    text = "in the guest, as attach printed it, or of this host; of the container, if one is named"
+    parser.add_argument("targets", nargs="+", metavar="PATH", help=text)
 
 
 def _add_stores(verbs: _Verbs) -> None:

@@ -15,6 +15,8 @@ import msgspec
 from msgspec import Struct
 
 from holdfast.errors import InvalidInput
+from holdfast.spec import pmem
+from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
 from holdfast.spec.mounts import parse_mount, parse_volume
 from holdfast.spec.runtime import JsonObject  # noqa: TC001 - msgspec reads the records' annotations
 from holdfast.spec.sizes import parse_size
@@ -32,12 +34,21 @@ ATTACHABLE = ("bind", "virtual-disk", "physical-disk")
 
 
 class SandboxOptions(Struct, frozen=True):
-    """What a new pod's sandbox is.  ``template`` is None for Holdfast's choice, ``"none"`` for booting afresh."""
+    """What a new pod's sandbox is.  ``template`` is None for Holdfast's choice, ``"none"`` for booting afresh.
+
+    Attributes:
+        writable_shares: whether the pod may have any.
+        pmem: whether there is persistent memory, for layers.
+        ports: whether there are places for assigned devices.
+    """
 
     isolation: Isolation = "vm"
     template: str | None = None
     memory_bytes: int = 256 * 1024**2
     cpus: int = 1
+    writable_shares: bool = True
+    pmem: bool = False
+    ports: bool = False
 
 
 class RunOptions(Struct, frozen=True):
@@ -64,6 +75,7 @@ class RunOptions(Struct, frozen=True):
     verity: bool = False
     encrypt_scratch: bool = False
     reuse_scratch: bool = False
+    devices: tuple[str, ...] = ()
 
 
 class PlanOptions(Struct, frozen=True):
@@ -107,17 +119,19 @@ class StorageOptions(Struct, frozen=True):
 
 
 class AttachOptions(Struct, frozen=True):
-    """``mounts`` are as in :class:`RunOptions`; an empty destination leaves the place in the guest to Holdfast."""
+    """``mounts`` are as in :class:`RunOptions`; only in a ``container`` they need a destination."""
 
     pod: str
     mounts: tuple[JsonObject, ...]
+    container: str | None = None
 
 
 class DetachOptions(Struct, frozen=True):
-    """``targets`` are guest paths, as ``attach`` printed them, or host paths."""
+    """``targets`` are guest paths, as ``attach`` printed them, or host paths; or paths in the ``container``."""
 
     pod: str
     targets: tuple[str, ...]
+    container: str | None = None
 
 
 class ImageImportOptions(Struct, frozen=True):
@@ -251,7 +265,10 @@ class Words(Struct, frozen=True):
         if not (cpus.isascii() and cpus.isdecimal() and int(cpus) > 0):
             raise self.wrong(f"--cpus: {cpus!r} is not a number of virtual CPUs, such as 2")
         template = None if found.template is None else self.name(found.template, "--template")
-        return SandboxOptions(found.isolation or given.isolation, template, memory, int(cpus))
+        denied = found.no_writable_shares or flag(self.pairs("--annotation", found.annotation), NO_WRITABLE_SHARES)
+        return SandboxOptions(
+            found.isolation or given.isolation, template, memory, int(cpus), not denied, found.pmem, found.pci_ports
+        )
 
 
 def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: str | None = None) -> CommandLine:
@@ -301,8 +318,8 @@ def make_run(words: Words) -> RunOptions:
     if bundle is not None and found.entrypoint is not None:
         raise words.wrong("--entrypoint is for images; a bundle's whole command may follow --bundle DIR")
     if found.pod is not None:
-        for option in ("isolation", "template", "memory", "cpus"):
-            if getattr(found, option) is not None:
+        for option in ("isolation", "template", "memory", "cpus", "no-writable-shares"):
+            if getattr(found, option.replace("-", "_")) is not None:
                 raise words.wrong(f"--{option} is for a new pod; the one of --pod is there already")
     image = None if bundle is not None else rest.pop(0)
     if image == "":
@@ -321,16 +338,32 @@ def make_run(words: Words) -> RunOptions:
         user=found.user,
         hostname=found.hostname,
         entrypoint=_entrypoint(words),
-        annotations=words.pairs("--annotation", found.annotation),
+        annotations=_annotations(words),
         interactive=found.interactive,
         terminal=found.tty,
         detach=found.detach,
         read_only=found.read_only,
         scratch_bytes=scratch,
         verity=found.verity,
+        devices=tuple(_device(words, text) for text in found.device),
         encrypt_scratch=found.encrypt_scratch,
         reuse_scratch=found.reuse_scratch,
     )
+
+
+def _device(words: Words, text: str) -> str:
+    kind, _, address = text.partition(":")
+    if kind != "pci" or not address:
+        raise words.wrong(f"--device: {text!r} is no device of this host", "such as pci:0000:01:00.0; see lspci -D")
+    return address
+
+
+def _annotations(words: Words) -> dict[str, str]:
+    """Of the container.  What its pod shall not have is said of it too: so the plan knows before there is a pod."""
+    found = words.pairs("--annotation", words.found.annotation)
+    if words.found.pmem:
+        found = {pmem.COUNT: str(pmem.DEFAULT_DEVICES), **found}
+    return found | {NO_WRITABLE_SHARES: "true"} if words.found.no_writable_shares else found
 
 
 def _container_words(rest: Sequence[str]) -> list[str]:
@@ -373,11 +406,18 @@ def make_pod_create(words: Words) -> PodCreateOptions:
 
 
 def make_attach(words: Words) -> AttachOptions:
-    mounts = words.mounts(destination_needed=False)
+    pod, slash, container = words.found.pod.partition("/")
+    mounts = words.mounts(destination_needed=bool(slash))
     if not mounts:
         raise words.wrong("nothing to attach: no --mount and no -v")
     for mount in mounts:
         if mount["type"] not in ATTACHABLE:
             why = f"a mount of type {mount['type']} cannot be added to a running pod"
             raise words.wrong(why, "bind, disk and physical-disk can")
-    return AttachOptions(words.name(words.found.pod, "POD"), mounts)
+    return AttachOptions(words.name(pod, "POD"), mounts, words.name(container, "CONTAINER") if slash else None)
+
+
+def make_detach(words: Words) -> DetachOptions:
+    pod, slash, container = words.found.pod.partition("/")
+    name = words.name(container, "CONTAINER") if slash else None
+    return DetachOptions(words.name(pod, "POD"), tuple(words.found.targets), name)

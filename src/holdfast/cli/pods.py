@@ -15,6 +15,7 @@ from holdfast.cli.run import sandbox_arguments
 from holdfast.errors import HoldfastError, InUse, NotFound, Unsupported
 from holdfast.pod.client import Client
 from holdfast.pod.messages import ContainerInfo, PodInfo
+from holdfast.spec.annotations import NO_WRITABLE_SHARES
 from holdfast.storage.journal import Journal, PodRow
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def state_of(container: ContainerInfo) -> str:
 
 def create(command: PodCreateOptions, line: CommandLine, output: Output) -> int:
     """``pod create``: a pod without a container, which stays until it is removed."""
-    if command.annotations:
+    if set(command.annotations) - {NO_WRITABLE_SHARES}:  # that one is part of the sandbox
         raise Unsupported(
             "create pod", subject="--annotation", why="a pod's own annotations are not built yet",
             hint="holdfast run --annotation K=V gives one to a container", code="annotations-unsupported",

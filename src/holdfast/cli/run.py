@@ -12,6 +12,7 @@ from holdfast import api
 from holdfast.errors import HoldfastError, NotFound, ProtocolError, Unsupported
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.messages import ContainerRequest, ExecRequest, Stdio
+from holdfast.spec.pmem import pmem_limits
 
 if TYPE_CHECKING:
     from holdfast.cli.options import CommandLine, ExecOptions, RunOptions, SandboxOptions
@@ -22,7 +23,8 @@ def run(command: RunOptions, line: CommandLine, output: Output) -> int:
     """Runs a container, in a pod of its own or in one that is there."""
     pod_name, name = names(command)
     request = container_request(command, name, line)
-    arguments = sandbox_arguments(command.sandbox)
+    arguments = sandbox_arguments(command.sandbox) | {"pmem": pmem_limits(request.spec.get("annotations") or {})}
+    arguments["ports"] |= bool((request.spec.get("windows") or {}).get("devices"))
     if command.pod is None:
         from holdfast.pod.containers import make_plan
 
@@ -145,7 +147,7 @@ def container_request(command: RunOptions, name: str, line: CommandLine) -> Cont
         name, Path(line.data), image=command.image or "", bundle=command.bundle, args=command.args,
         entrypoint=command.entrypoint, env=command.env, cwd=command.cwd, user=command.user,
         hostname=command.hostname or "", terminal=command.terminal, annotations=command.annotations,
-        mounts=command.mounts, read_only=command.read_only, **options,
+        mounts=command.mounts, read_only=command.read_only, devices=command.devices, **options,
     )  # fmt: skip
     stdio = Stdio(detach=True) if command.detach else _stdio(command.interactive, _has_terminal(request))
     return msgspec.structs.replace(request, stdio=stdio)
@@ -167,4 +169,8 @@ def sandbox_arguments(sandbox: SandboxOptions) -> dict[str, Any]:
             "start pod", subject=f"--template {sandbox.template}", why="templates of one's own are not built yet",
             hint="leave it out, or --template none to boot afresh", code="template-unsupported",
         )  # fmt: skip
-    return {"memory": sandbox.memory_bytes, "cpus": sandbox.cpus, "template": sandbox.template}
+    return {
+        "memory": sandbox.memory_bytes, "cpus": sandbox.cpus, "template": sandbox.template,
+        "writable_shares": sandbox.writable_shares, "pmem": sandbox.pmem,
+        "ports": sandbox.ports,
+    }  # fmt: skip

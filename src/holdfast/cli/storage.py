@@ -26,7 +26,8 @@ def show(command: StorageOptions, line: CommandLine, output: Output) -> int:
     elif output.terminal:
         _tree(found, output)
     else:
-        output.table(("SLOT", "KIND", "MODE", "SIZE", "FILE", "HOLDERS", "GUEST PATH"), list(rows(found)))
+        head = ("SLOT", "KIND", "MODE", "SIZE", "FILE", "HOLDERS", "GUEST PATH", "IN CONTAINERS", "READ", "WRITTEN")
+        output.table(head, list(rows(found)))
     return 0
 
 
@@ -36,11 +37,27 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for disk in found["attachments"]:
         where = ", ".join(disk["guest_paths"])
         size = shown.size(disk["size_bytes"])
-        lines.append((disk["slot"], _kind(disk), mode(disk), size, disk["file"], ", ".join(disk["holders"]), where))
+        lines.append(
+            (disk["slot"], _kind(disk), mode(disk), size, disk["file"], ", ".join(disk["holders"]), where,
+             _in_containers(disk), *(shown.size(disk.get(key, 0)) for key in ("read_bytes", "written_bytes")))
+        )  # fmt: skip
+    for layer in found.get("pmem", ()):
+        slot, kind = f"pmem{layer['device']}+{layer['offset']:#x}", "layer (dax)" if layer["dax"] else "layer"
+        holders, size = ", ".join(layer["holders"]), shown.size(layer["size_bytes"])
+        lines.append((slot, kind, "ro", size, layer["file"], holders, layer["guest_path"], "", "", ""))
     for share in found["shares"]:
         holders = ", ".join(share["holders"])
-        lines.append(("9p", share["kind"], mode(share), "", share["path"], holders, share["guest_path"]))
+        where, inside = share["guest_path"], _in_containers(share)
+        lines.append(("9p", share["kind"], mode(share), "", share["path"], holders, where, inside, "", ""))
+    for device in found.get("devices", ()):
+        holders, nodes = ", ".join(device["holders"]), " ".join(device["nodes"])
+        lines.append((f"port{device['port']}", "device", "rw", "", device["device"], holders, nodes, "", "", ""))
     return lines
+
+
+def _in_containers(thing: dict[str, Any]) -> str:
+    """``CONTAINER:PATH`` of each container that sees it."""
+    return ", ".join(thing.get("container_paths", ()))
 
 
 def mode(thing: dict[str, Any]) -> str:
@@ -77,6 +94,21 @@ def _tree(found: dict[str, Any], output: Output) -> None:
                  (f"  {_kind(disk)}  {shown.size(disk['size_bytes'])}", "dim"))
         )  # fmt: skip
         branch.add(text((", ".join(disk["holders"]), "magenta"), (" at ", "dim"), (" ".join(disk["guest_paths"]), "")))
+        if inside := _in_containers(disk):
+            branch.add(text((inside, "")))
+    if found.get("pmem"):
+        pmem = tree.add(text(("persistent memory", "bold")))
+        for layer in found["pmem"]:
+            place = f"{layer['device']}+{layer['offset']:#x}"
+            what = f"  layer  {shown.size(layer['size_bytes'])}{'  dax' if layer['dax'] else ''}"
+            branch = pmem.add(text((place, "cyan"), ("  ", ""), (layer["file"], ""), (what, "dim")))
+            branch.add(text((", ".join(layer["holders"]), "magenta"), (" at ", "dim"), (layer["guest_path"], "")))
+    if found.get("devices"):
+        devices = tree.add(text(("devices", "bold")))
+        for device in found["devices"]:
+            branch = devices.add(text((str(device["port"]), "cyan"), ("  ", ""), (device["device"], "")))
+            nodes = " ".join(device["nodes"])
+            branch.add(text((", ".join(device["holders"]), "magenta"), (" has ", "dim"), (nodes, "")))
     shares = tree.add(text((f"shares ({len(found['shares'])}, over 9p)", "bold")))
     for share in found["shares"]:
         branch = shares.add(
@@ -84,6 +116,8 @@ def _tree(found: dict[str, Any], output: Output) -> None:
                  (f"  {share['kind']}", "dim"))
         )  # fmt: skip
         branch.add(text((", ".join(share["holders"]), "magenta"), (" at ", "dim"), (share["guest_path"], "")))
+        if inside := _in_containers(share):
+            branch.add(text((inside, "")))
     Console(no_color=not output.colour, highlight=False).print(tree)
 
 
@@ -94,14 +128,16 @@ def _access(thing: dict[str, Any]) -> tuple[str, str]:
 def attach(command: AttachOptions, line: CommandLine, output: Output) -> int:
     """``attach``: prints the path of each in the guest; of several all are attached, or none."""
     attached: list[str] = []
+    container = command.container or ""
     with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
         try:
             for mount in command.mounts:
-                attached.append(pod.attach(mount))
+                attached.append(pod.attach(mount, container=container))
         except HoldfastError as error:
-            for path in reversed(attached):
+            there = [mount["destination"] for mount in command.mounts]
+            for path, where in reversed(list(zip(attached, there, strict=False))):
                 try:
-                    pod.detach(path)
+                    pod.detach(where if container else path, container=container)
                 except HoldfastError as other:
                     error.causes = (*error.causes, other)
             raise
@@ -114,14 +150,14 @@ def attach(command: AttachOptions, line: CommandLine, output: Output) -> int:
 
 
 def detach(command: DetachOptions, line: CommandLine, output: Output) -> int:
-    """``detach``: by the path in the guest or on the host; goes on past one that fails."""
+    """``detach``: by the path in the container, or the guest, or on the host; goes on past one that fails."""
     errors: list[HoldfastError] = []
     detached: list[str] = []
     with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
         for target in command.targets:
             try:
-                path = _resolve(target, pod.storage())
-                pod.detach(path)
+                path = target if command.container else _resolve(target, pod.storage())
+                pod.detach(path, container=command.container or "")
                 detached.append(path)
             except HoldfastError as error:
                 errors.append(error)

@@ -17,6 +17,7 @@ from holdfast.errors import InvalidInput, ProtocolError, from_exception
 from holdfast.guest import boot, storage
 from holdfast.guest.children import Children
 from holdfast.guest.containers import Containers
+from holdfast.guest.hot_mounts import HotMounts
 from holdfast.guest.loop import Loop
 from holdfast.wire.frames import CANCEL, CREDIT, DATA, EOF, REQUEST, SYNC
 from holdfast.wire.mux import Mux
@@ -44,6 +45,7 @@ class Agent:
         self._loop = Loop()
         self._children = Children()
         self._containers = Containers(self._loop, self._children, runtime, self._report)
+        self._hot_mounts = HotMounts(self._children, self._containers.pid_of)
         self._tasks: dict[int, object] = {}
         self._writing = False
         self._methods: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -56,6 +58,8 @@ class Agent:
             "kill": self._kill,
             "resize": self._resize,
             "remove": lambda params: self._containers.remove(params),
+            "bind": lambda params: self._hot_mounts.add(params),
+            "unbind": lambda params: self._hot_mounts.remove(params),
             "mounts": _mounts,
             "shutdown": self._shutdown,
         }

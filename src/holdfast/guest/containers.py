@@ -7,6 +7,7 @@ import os
 import signal
 
 from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, InUse, InvalidInput, NotFound
+from holdfast.guest import block_devices
 from holdfast.guest.commands import check_command
 from holdfast.guest.streams import Input, Output
 from holdfast.guest.users import apply_user
@@ -94,6 +95,7 @@ class Containers:
         bundle = f"{BUNDLES}/{name}"
         os.makedirs(bundle, 0o700, exist_ok=True)
         spec = _dict(params, "spec")
+        block_devices.show(spec)
         _own_root(spec["root"]["path"], params.get("root"))
         apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         mounted = [str(mount.get("destination")) for mount in spec.get("mounts") or ()]
@@ -207,6 +209,17 @@ class Containers:
         if process is None:
             raise NotFound("find process", subject=key, why="it is not running", code="process-not-running")
         return process
+
+    def pid_of(self, name: str) -> int:
+        """Process id of a running container's first process.
+
+        Raises:
+            NotFound: it does not run.
+        """
+        process = self.find(name)
+        if process.status is not None:
+            raise NotFound("find process", subject=name, why="it has ended", code="container-not-running")
+        return process.pid
 
     def streams(self, channel: int) -> tuple[Input | None, Output | None]:
         """The process's end of a stream, whichever direction it has."""

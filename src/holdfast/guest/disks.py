@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from time import monotonic
 
-from holdfast.errors import GuestFailed, NotReleased
+from holdfast.errors import GuestFailed, NotFound, NotReleased
 from holdfast.guest.loop import sleep
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 #: PCI device numbers of SCSI controllers 0 to 3 on bus 0; machine/qemu.py plugs them in there.
 CONTROLLER_PCI_SLOTS = (0x10, 0x11, 0x12, 0x13)
 _POLL_SECONDS = 0.002
+_PARTITION_SECONDS = 2.0
 _hosts: dict[int, int] = {}
 
 
@@ -53,9 +55,18 @@ def wait_for_disk(controller: int, lun: int, partition: int = 0) -> Task:
 
     The device node appears before it can be opened (ENXIO) and sysfs before the node (ENOENT): both are
     waited out.  ``partition`` counts from 1; 0 is the whole disk.
+
+    Raises:
+        NotFound: the disk has no such partition.
     """
     folder = sysfs_path(controller, lun) + "/block"
+    last = None
     while True:
+        if partition and last is not None and monotonic() > last:
+            raise NotFound(
+                "find partition", subject=f"{partition} of disk {controller}:{lun}", code="no-partition",
+                why=f"the guest's kernel finds {_partitions(folder)} on it",
+            )  # fmt: skip
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
@@ -66,7 +77,15 @@ def wait_for_disk(controller: int, lun: int, partition: int = 0) -> Task:
             device = _openable(names[0], f"{folder}/{names[0]}", partition)
             if device:
                 return device
+            if last is None and partition and _openable(names[0], "", 0):
+                last = monotonic() + _PARTITION_SECONDS  # the kernel reads the table right after
         yield sleep(_POLL_SECONDS)
+
+
+def _partitions(folder: str) -> str:
+    found = [name for disk in os.listdir(folder) for name in os.listdir(f"{folder}/{disk}") if name.startswith(disk)]
+    numbers = sorted(int(name.lstrip("abcdefghijklmnopqrstuvwxyz") or 0) for name in found)
+    return "partitions " + ", ".join(map(str, numbers)) if numbers else "no partitions"
 
 
 def _openable(disk: str, folder: str, partition: int) -> str:
@@ -84,7 +103,7 @@ def _openable(disk: str, folder: str, partition: int) -> str:
     return f"/dev/{name}"
 
 
-def prove_unused(controller: int, lun: int) -> None:
+def prove_unused(controller: int, lun: int, partition: int = 0) -> None:
     """Checks that no filesystem of the disk is mounted anywhere in the guest any more.
 
     An exclusive open of a block device fails with EBUSY as long as a superblock holds it (open(2)); a
@@ -97,7 +116,8 @@ def prove_unused(controller: int, lun: int) -> None:
         names = os.listdir(sysfs_path(controller, lun) + "/block")
     except FileNotFoundError:
         return
-    for name in names:
+    for disk in names:
+        name = f"{disk}{partition}" if partition else disk
         try:
             os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -109,6 +129,43 @@ def prove_unused(controller: int, lun: int) -> None:
                 "unmount disk", subject=f"{controller}:{lun}", why="the guest still uses it", code="disk-busy",
                 hint="end the processes that have files open on it, then detach again",
             ) from None  # fmt: skip
+
+
+def rescan(controller: int, lun: int) -> None:
+    """Has the kernel ask the disk how large it is now."""
+    with open(f"{sysfs_path(controller, lun)}/rescan", "w") as file:
+        file.write("1\n")
+
+
+def prove_closed(link: str) -> None:
+    """Checks that no process has the device open that a link leads to: nothing but its descriptors would tell.
+
+    Raises:
+        NotReleased: one has.
+    """
+    try:
+        device = os.stat(link).st_rdev
+    except FileNotFoundError:  # ejected already
+        return
+    for pid in os.listdir("/proc"):
+        if pid.isdecimal() and pid != "1" and device in _open_devices(pid):
+            raise NotReleased(
+                "release disk", subject=link, why=f"process {pid} of the guest has it open", code="disk-busy",
+                hint="end the processes that have it open, then detach again",
+            )  # fmt: skip
+
+
+def _open_devices(pid: str) -> set[int]:
+    """Numbers of the block devices that a process has open; of one that has just ended, none."""
+    found = set()
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            status = os.stat(f"/proc/{pid}/fd/{fd}")
+            if stat.S_ISBLK(status.st_mode):
+                found.add(status.st_rdev)
+    except OSError:
+        return found
+    return found
 
 
 def eject(controller: int, lun: int) -> Task:

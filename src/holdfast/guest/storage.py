@@ -11,7 +11,7 @@ import errno
 import os
 
 from holdfast.errors import Corrupt, GuestFailed, InUse, InvalidInput, NotReleased, Unsupported
-from holdfast.guest import disks, mapped
+from holdfast.guest import disks, mapped, pci, pmem
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.probe import NO_REPLAY, probe_filesystem
@@ -25,13 +25,19 @@ if TYPE_CHECKING:
     from holdfast.guest.children import Children
     from holdfast.guest.loop import Task
 
-#: Where the pod's one 9p export is mounted; every share is a directory below, named by its number.
-SHARES = "/run/mounts/plan9"
-NINEP_TAG = "holdfast"
-#: ``cache=mmap``: data always comes from the host, and shared writable maps (SQLite) still work.
-_NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client,posixacl"
+#: Cache mode -> (9p device, where it is mounted).  All serve the pod's one export, in which every share is a
+#: directory named by its number; one for each mode, since Linux mounts a virtio-9p device once (EBUSY).
+#: ``mmap``: data always comes from the host, and shared writable maps (SQLite) still work.
+_EXPORTS = {
+    "mmap": ("holdfast", "/run/mounts/plan9"),
+    "none": ("holdfast-none", "/run/mounts/plan9-none"),
+    "loose": ("holdfast-loose", "/run/mounts/plan9-loose"),
+}
+_NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,access=client,posixacl,cache="
 #: Root filesystem -> the folder that was made for what is written to it, and goes with it.
 _folders: dict[str, str] = {}
+#: Path of a mounted disk, or of a link to one -> its controller, LUN and partition.
+_disks: dict[str, tuple[int, int, int]] = {}
 
 
 def modify(request: dict[str, Any], children: Children) -> Task:
@@ -43,6 +49,8 @@ def modify(request: dict[str, Any], children: Children) -> Task:
     # Those that need processes of their own.
     if (resource, action) == ("MappedVirtualDisk", "Add"):
         return (yield from _add_disk(settings, children))
+    if (resource, action) == ("MappedVirtualDisk", "Update"):
+        return (yield from _grow_disk(settings, children))
     if (resource, action) == ("CombinedLayers", "Remove"):
         return (yield from _remove_layers(settings, children))
     handler = _HANDLERS.get((resource, action))
@@ -60,10 +68,12 @@ def _add_disk(settings: dict[str, Any], children: Children) -> Task:
     device = yield from disks.wait_for_disk(*place)
     try:
         device = yield from _map(settings, target, device, place, children)
-        return _mount_disk(settings, target, device)
+        answer = _link_device(target, device) if settings.get("BlockDev") else _mount_disk(settings, target, device)
+        _disks[target] = place
+        return answer
     except BaseException as error:
         mapped.give_up(target)
-        if settings.get("VerityInfo") and _is_io_error(error):
+        if settings.get("VerityInfo") and _is_of_contents(error):
             raise Corrupt(
                 "mount disk", subject=device, why=f"it does not hold what its root hash says: {error}",
                 hint="import the image again", code="verity-failed",
@@ -91,8 +101,9 @@ def _map(settings: dict[str, Any], target: str, device: str, place: tuple[int, i
     return (yield from mapped.verity(target, device, info, place))
 
 
-def _is_io_error(error: BaseException) -> bool:
-    return getattr(error, "errno", 0) == errno.EIO or f"(errno {errno.EIO})" in str(error)
+def _is_of_contents(error: BaseException) -> bool:
+    """What dm-verity says of a block that is not what it was, and of a disk that is too small."""
+    return any(getattr(error, "errno", 0) == e or f"(errno {e})" in str(error) for e in (errno.EIO, errno.E2BIG))
 
 
 def _mount_disk(settings: dict[str, Any], target: str, device: str) -> dict[str, str]:
@@ -113,6 +124,16 @@ def _mount_disk(settings: dict[str, Any], target: str, device: str) -> dict[str,
             remove_mount_point(target)
         raise
     return {"path": target, "device": device, "filesystem": fstype}
+
+
+def _link_device(target: str, device: str) -> dict[str, str]:
+    """Shows a disk that is not mounted: a link to its device, which keeps its place whatever the device is called."""
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    try:
+        os.symlink(device, target)
+    except FileExistsError:
+        raise InUse("link device", subject=target, why="something else is there", code="path-in-use") from None
+    return {"path": target, "device": device}
 
 
 def _propagate(target: str, propagation: tuple[int, ...]) -> None:
@@ -171,11 +192,32 @@ def _load_modules(fstype: str) -> bool:
 
 def _remove_disk(settings: dict[str, Any]) -> Task:
     target = _path(settings, "MountPath")
+    place = (_number(settings, "Controller"), _number(settings, "Lun"), _number(settings, "Partition"))
+    if os.path.islink(target):
+        disks.prove_closed(target)
+        os.unlink(target)
+        _disks.pop(target, None)
+        return {}
     unmount(target)
     yield from mapped.release(target)
     remove_mount_point(target)
-    disks.prove_unused(_number(settings, "Controller"), _number(settings, "Lun"))
+    _disks.pop(target, None)
+    # Another mount of the same disk uses it rightly; the last one to go, and the eject, find out what is wrong.
+    if not any(other[:2] == place[:2] and (other[2] == place[2] or not place[2]) for other in _disks.values()):
+        disks.prove_unused(*place)
     return {}
+
+
+def _grow_disk(settings: dict[str, Any], children: Children) -> Task:
+    """Task: makes a mounted ext4 as large as its disk has become."""
+    target = _path(settings, "MountPath")
+    place = (_number(settings, "Controller"), _number(settings, "Lun"), 0)
+    if mapped.is_mapped(target):
+        raise Unsupported("grow disk", subject=target, why="it is encrypted or verified", code="grow-unsupported")
+    disks.rescan(*place[:2])
+    device = yield from disks.wait_for_disk(*place)
+    yield from mapped.run("grow disk", children, ["/usr/sbin/resize2fs", device])
+    return {"path": target}
 
 
 def _eject_disk(settings: dict[str, Any]) -> Task:
@@ -188,12 +230,10 @@ def _add_share(settings: dict[str, Any]) -> Task:
     if not name.isdigit():
         raise InvalidInput("add share", subject=name, why="a share's name is a number")
     target = _path(settings, "MountPath")
-    if not os.path.ismount(SHARES):
-        os.makedirs(SHARES, exist_ok=True)
-        _mount(NINEP_TAG, SHARES, "9p", syscalls.MS_NOSUID if settings.get("NoSuid") else 0, _NINEP_DATA)
+    folder = _mount_export(_text(settings, "Cache") or "mmap", bool(settings.get("NoSuid")))
     made = _make_mount_point(target)
     try:
-        _bind(f"{SHARES}/{name}", target, bool(settings.get("ReadOnly")))
+        _bind(f"{folder}/{name}", target, bool(settings.get("ReadOnly")))
     except BaseException:
         unmount(target)
         if made:
@@ -201,6 +241,17 @@ def _add_share(settings: dict[str, Any]) -> Task:
         raise
     return {"path": target}
     yield
+
+
+def _mount_export(cache: str, no_suid: bool) -> str:
+    """Where the export is mounted with a cache mode; mounts it for the first share that wants that."""
+    if cache not in _EXPORTS:
+        raise InvalidInput("add share", subject=cache, why="unknown cache mode", code="cache-mode")
+    tag, folder = _EXPORTS[cache]
+    if not os.path.ismount(folder):
+        os.makedirs(folder, exist_ok=True)
+        _mount(tag, folder, "9p", syscalls.MS_NOSUID if no_suid else 0, _NINEP_DATA + cache)
+    return folder
 
 
 def _bind(source: str, target: str, read_only: bool) -> None:
@@ -212,13 +263,48 @@ def _bind(source: str, target: str, read_only: bool) -> None:
         raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
 
 
+def _refresh_share(settings: dict[str, Any]) -> Task:
+    """Forgets what is cached of a file that the host has put in another one's place.
+
+    Reads ask the host each time; pages that were mapped stay as long as somebody holds the file, and a container
+    that has it mounted does.
+    """
+    try:
+        fd = os.open(_path(settings, "MountPath"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # the new one is gone, too, or cannot be read
+        return {}
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return {}
+    yield
+
+
+def _write_back(target: str) -> None:
+    """What the guest has cached goes to the host before a share does: the 9p mount behind it stays, and writes late."""
+    try:
+        fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # the host has lost it (a stale NFS handle): nothing can be written there any more
+        return
+    try:
+        syscalls.syncfs(fd)
+    except OSError as error:  # said once: the next try goes on
+        raise NotReleased("write back share", subject=target, why=error, code="share-not-written") from None
+    finally:
+        os.close(fd)
+
+
 def _remove_share(settings: dict[str, Any]) -> Task:
     target = _path(settings, "MountPath")
+    if os.path.ismount(target):
+        _write_back(target)
     unmount(target)
     remove_mount_point(target)
-    # The last share takes the 9p mount with it: QEMU does not save a machine while one is mounted.
+    # The last share takes the 9p mounts with it: QEMU does not save a machine while one is mounted.
     if settings.get("Last"):
-        unmount(SHARES)
+        for _, folder in _EXPORTS.values():
+            unmount(folder)
     return {}
     yield
 
@@ -315,8 +401,12 @@ _HANDLERS = {
     ("MappedVirtualDisk", "Remove"): _remove_disk,
     ("SCSIDevice", "Remove"): _eject_disk,
     ("MappedDirectory", "Add"): _add_share,
+    ("MappedDirectory", "Update"): _refresh_share,
     ("MappedDirectory", "Remove"): _remove_share,
     ("CombinedLayers", "Add"): _add_layers,
+    ("VPMemDevice", "Add"): pmem.add,
+    ("VPMemDevice", "Remove"): pmem.remove,
+    ("VPCIDevice", "Add"): pci.add,
 }
 
 
@@ -324,9 +414,9 @@ def _make_mount_point(target: str) -> bool:
     """Makes ``target``; False when it was there.
 
     Raises:
-        InUse: something is mounted there already.
+        InUse: something is mounted there already, or a link to a device is there.
     """
-    if os.path.ismount(target):
+    if os.path.ismount(target) or os.path.islink(target):
         raise InUse("mount", subject=target, why="something else is mounted there", code="path-in-use")
     os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
     try:

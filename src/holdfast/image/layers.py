@@ -19,7 +19,7 @@ import hashlib
 import os
 import struct
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -166,7 +166,9 @@ class LayerStore:
     def _lock(self, path: Path, *, make: bool = True, wait: bool = True) -> int:
         while True:
             if make:
-                path.mkdir(mode=0o700, exist_ok=True)
+                # Not Path.mkdir(exist_ok): that looks again at what was in the way, and by then it may be gone.
+                with suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
             try:
                 fd = os.open(path, _DIRECTORY)
             except FileNotFoundError:

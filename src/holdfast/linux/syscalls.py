@@ -81,6 +81,7 @@ FSCONFIG_CMD_CREATE = 6
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
+PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -90,7 +91,6 @@ FICLONE = 0x40049409
 
 RENAME_EXCHANGE = 2
 
-PR_CAPBSET_DROP = 24
 CAP_MKNOD = 27
 CAP_SETFCAP = 31
 
@@ -111,6 +111,7 @@ _NR = {
     "fallocate": 285,
     "clock_settime": 227,
     "renameat2": 316,
+    "syncfs": 306,
     "inotify_init1": 294,
     "inotify_add_watch": 254,
     "inotify_rm_watch": 255,
@@ -265,6 +266,11 @@ def clock_settime(clock: int, nanoseconds: int) -> None:
 def renameat2(old: str | bytes, new: str | bytes, flags: int) -> None:
     """renameat2(2), Linux 3.15."""
     _call("renameat2", old, AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): writes everything of the filesystem that ``fd`` is in; an error since the last time is raised."""
+    _call("syncfs", None, fd)
 
 
 def inotify_init1(flags: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from holdfast.machine import ports
 from holdfast.machine.sandbox import CONTROLLERS, LUNS
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 #: Changes whenever the command line changes in a way that a saved machine would not fit.
-MACHINE_VERSION = 1
+MACHINE_VERSION = 2
 MIN_MEMORY_BYTES = 96 << 20
 DEFAULT_MEMORY_BYTES = 256 << 20
 #: What q35 can have without interrupt remapping.
@@ -36,6 +37,7 @@ class MachineConfig(msgspec.Struct, frozen=True):
         memory_bytes: guest RAM.
         cpus: virtual processors.
         qemu_version: the text that ``qemu --version`` starts with; part of the key of a save.
+        expandable: with places for persistent memory and PCI functions; see ``ports``.
     """
 
     guest: GuestImage
@@ -43,13 +45,14 @@ class MachineConfig(msgspec.Struct, frozen=True):
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     cpus: int = 1
     qemu_version: str = ""
+    expandable: bool = False
 
     @property
     def key(self) -> str:
         """Names the saves that fit this machine: 24 hexadecimal digits."""
         parts = (
             MACHINE_VERSION, self.guest.id, self.accelerator, self.memory_bytes, self.cpus, self.qemu_version,
-            _KERNEL_COMMAND_LINE,
+            _KERNEL_COMMAND_LINE, *(("expandable",) if self.expandable else ()),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
@@ -76,13 +79,15 @@ class Wiring(msgspec.Struct, frozen=True):
 def command_line(config: MachineConfig, wiring: Wiring, vm_generation: str) -> list[str]:
     """QEMU's argv.  Everything has a fixed PCI address, so that a save fits and the guest finds its disks."""
     kvm = config.accelerator == "kvm"
+    plain = f"size={config.memory_bytes // (1 << 20)}M"
+    memory = ports.memory_argument(config.memory_bytes) if config.expandable else plain
     ram = f"memory-backend-file,id=ram,size={config.memory_bytes},mem-path={_escape(wiring.ram_path)}"
     argv = [
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", "q35,memory-backend=ram,hpet=off,usb=off,vmport=off,smm=off,sata=off,smbus=off,dump-guest-core=off",
         "-accel", "kvm" if kvm else "tcg", "-cpu", "host" if kvm else "max",
-        "-m", f"size={config.memory_bytes // (1 << 20)}M", "-smp", str(config.cpus),
+        "-m", memory, "-smp", str(config.cpus),
         "-object", f"{ram},share={'on' if wiring.ram_shared else 'off'}",
         "-kernel", config.guest.kernel, "-initrd", config.guest.initrd, "-append", _KERNEL_COMMAND_LINE,
         "-chardev", f"socket,id=qmp,fd={wiring.qmp_fd}", "-mon", "chardev=qmp,mode=control",
@@ -93,13 +98,18 @@ def command_line(config: MachineConfig, wiring: Wiring, vm_generation: str) -> l
         "-chardev", f"socket,id=agent,fd={wiring.agent_fd}",
         "-device", "virtserialport,bus=serial.0,chardev=agent,name=holdfast.agent",
         "-fsdev", f"local,id=shares,path={_escape(wiring.export)},security_model=passthrough,multidevs=remap",
-        "-device", f"virtio-9p-pci,fsdev=shares,mount_tag=holdfast,addr={_SLOT_9P:#x}",
+        # The same folder three times, in one PCI slot: one for each cache mode (guest/storage.py).
+        "-device", f"virtio-9p-pci,fsdev=shares,mount_tag=holdfast,addr={_SLOT_9P:#x},multifunction=on",
+        "-device", f"virtio-9p-pci,fsdev=shares,mount_tag=holdfast-none,addr={_SLOT_9P:#x}.1",
+        "-device", f"virtio-9p-pci,fsdev=shares,mount_tag=holdfast-loose,addr={_SLOT_9P:#x}.2",
         "-device", f"virtio-rng-pci,addr={_SLOT_RNG:#x}",
         "-device", f"vmgenid,guid={vm_generation}",
     ]  # fmt: skip
     for number in range(CONTROLLERS):
         address = f"addr={_SLOT_SCSI + number:#x}"
         argv += ["-device", f"virtio-scsi-pci,id=scsi{number},{address},num_queues=1"]
+    if config.expandable:
+        argv += ports.arguments()
     if wiring.incoming:  # deferred: which parts of RAM are not in the state must be said first, over QMP
         argv += ["-incoming", "defer"]
     assert LUNS <= 16383  # virtio-scsi's own limit

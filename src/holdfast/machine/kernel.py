@@ -50,7 +50,10 @@ STAGE1 = ("virtio_pci", "virtio_blk", "erofs")
 #: What is loaded at every start, from the root disk.  ``virtio_rng`` may be absent.
 STAGE2 = ("virtio_console", "virtio_scsi", "sd_mod", "9p", "9pnet_virtio", "overlay", "ext4", "virtio_rng")
 #: What lies on the root disk for the agent to load when a mount asks for it; each may be absent.
-ON_DEMAND = ("xfs", "squashfs", "isofs", "fuse", "loop", "dm_mod", "dm_verity", "dm_crypt", "virtio_pmem", "nd_pmem")
+ON_DEMAND = (
+    "xfs", "squashfs", "isofs", "fuse", "loop", "dm_mod", "dm_verity", "dm_crypt", "aesni_intel", "virtio_pmem",
+    "nd_pmem",
+)  # fmt: skip
 
 # ``modules.softdep`` and the crypto layer ask for an algorithm by name, and user space's modprobe would
 # resolve the name to every driver of it.  The guest has no modprobe, so the one to load is said here.

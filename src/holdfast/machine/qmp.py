@@ -81,13 +81,13 @@ class Qmp:
             if not any(text in lowered for text in ("not found", "cannot find", "failed to find", "does not exist")):
                 raise
 
-    async def add_fd(self, fdset: int, fd: int) -> None:
-        """Gives QEMU a descriptor as ``/dev/fdset/<fdset>``; ours stays open."""
+    async def add_fd(self, fdset: int, fd: int) -> int:
+        """Gives QEMU a descriptor as ``/dev/fdset/<fdset>``; ours stays open.  Returns its number in QEMU."""
         async with self._lock:
             if self._error is not None:
                 raise self._error
             self._client.send_fd_scm(fd)
-            await self._execute("add-fd", {"fdset-id": fdset})
+            return int((await self._execute("add-fd", {"fdset-id": fdset}))["fd"])
 
     async def get_fd(self, name: str, fd: int) -> None:
         """Gives QEMU a descriptor under a name, for one later command."""

@@ -39,6 +39,9 @@ class Sandbox(Protocol):
     async def unplug_disk(self, slot: Slot) -> None:
         """Host half of a detach: returns when the device is gone and its file closed; already gone is success."""
 
+    async def resize_disk(self, slot: Slot, size_bytes: int) -> None:
+        """Makes the raw disk in a slot larger, its file as well."""
+
     async def plugged(self) -> set[Slot]:
         """The slots that the machine itself says are occupied: the truth to reconcile with."""
 

@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError, MachineFailed, ProtocolError, TimedOut
-from holdfast.machine import migration
+from holdfast.machine import migration, ports
 from holdfast.machine.config import MachineConfig, Wiring, command_line
 from holdfast.machine.console import Console
 from holdfast.machine.process import FIRST_FD, Child
@@ -74,7 +74,8 @@ class VirtualMachine:
         driver = "host_device" if block_device else "file"
         file = {"driver": driver, "filename": f"/dev/fdset/{fdset}", "read-only": read_only, "discard": "unmap"}
         options: dict[str, Any] = {
-            "node-name": node, "driver": _DRIVERS.get(disk_format, disk_format), "read-only": read_only, "discard": "unmap", "file": file,
+            "node-name": node, "driver": _DRIVERS.get(disk_format, disk_format), "read-only": read_only,
+            "discard": "unmap", "file": file,
         }  # fmt: skip
         if disk_format == "qcow2":  # never opens another file by itself, whatever the image says
             options["backing"] = None
@@ -110,11 +111,38 @@ class VirtualMachine:
         await self._qmp.execute_if_there("blockdev-del", {"node-name": node})
         await self._qmp.execute_if_there("remove-fd", {"fdset-id": fdset})
 
+    async def resize_disk(self, slot: Slot, size_bytes: int) -> None:
+        """See :meth:`Sandbox.resize_disk`."""
+        await self._qmp.execute("block_resize", {"node-name": _names(slot)[0], "size": size_bytes})
+
     async def plugged(self) -> set[Slot]:
         """See :meth:`Sandbox.plugged`."""
         nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
         slots = {tuple(name[1:].split("-")) for node in nodes if (name := str(node["node-name"]))[:1] == "d"}
         return {Slot(int(controller), int(lun)) for controller, lun in slots}
+
+    # -- other devices ------------------------------------------------------------------------
+
+    async def plug_pmem(self, number: int, fd: int, size_bytes: int) -> None:
+        """See :func:`ports.plug_pmem`."""
+        await ports.plug_pmem(self._qmp, number, fd, size_bytes)
+
+    async def plug_function(self, port: int, options: dict[str, Any]) -> None:
+        """See :func:`ports.plug_function`."""
+        await ports.plug_function(self._qmp, port, options)
+
+    async def unplug_function(self, port: int) -> None:
+        """See :func:`ports.unplug_function`."""
+        await ports.unplug_function(self._qmp, port)
+
+    async def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes that the guest has read from each disk and written to it, by slot."""
+        found = await self._qmp.execute("query-blockstats", {})
+        return {
+            str(name[1:].replace("-", ":")): (int(one["stats"]["rd_bytes"]), int(one["stats"]["wr_bytes"]))
+            for one in found
+            if (name := str(one.get("node-name", "")))[:1] == "d" and name[1:].replace("-", "").isdecimal()
+        }
 
     def last_lines(self) -> str:
         """What the guest, or QEMU, printed last."""

@@ -13,12 +13,15 @@ import msgspec
 from holdfast.errors import HoldfastError, InUse, NotFound
 from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
+from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
 from holdfast.spec.checks import check
 from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
+from holdfast.storage.pci import add_nodes
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot, plan_container
 from holdfast.storage.survey import look, survey
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from holdfast.machine.vm import VirtualMachine
@@ -56,6 +59,8 @@ class Containers:
         self._processes: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._execs = 0
+        #: Called when a container has ended and what it held has been let go of, as far as that went.
+        self.on_released: Callable[[str], Awaitable[None]] = _nothing
         machine.on_event = self._on_event
 
     # -- running ------------------------------------------------------------------------------
@@ -82,6 +87,7 @@ class Containers:
             held = await self._engine.prepare(name, plan.steps)
             try:
                 spec = plan.rewritten(held.paths)
+                add_nodes(spec, held.nodes)
                 self._engine.also_release(name, "container", lambda: self._delete(name))
                 pid = await self._start(client, request, spec)
             except BaseException as error:
@@ -225,6 +231,7 @@ class Containers:
         if not self._ephemeral and not self._machine.closing:
             with contextlib.suppress(HoldfastError):  # what stays is recorded, and tried again when the pod ends
                 await self._engine.release(name)
+            await self.on_released(name)
         if client is not None:
             client.event("exit", {"key": name, "code": code, "why": why})
 
@@ -249,6 +256,31 @@ class Containers:
     def infos(self) -> tuple[ContainerInfo, ...]:
         """Every container that ran in this pod."""
         return tuple(self._infos.values())
+
+    def may_write_to_shares(self, container: str) -> bool:
+        """Whether a container's own annotation lets it have writable shares."""
+        return not flag(self._specs[container].get("annotations") or {}, NO_WRITABLE_SHARES)
+
+    def check_running(self, name: str) -> None:
+        """Raises if a container does not run.
+
+        Raises:
+            NotFound: it is not there, or not running.
+        """
+        info = self._infos.get(name)
+        process = self._processes.get(name)
+        if info is None or info.state != "running" or process is None or process.code.done():
+            why = f"it is {info.state}" if info else "the pod has none of this name"
+            raise NotFound("find container", subject=name, why=why, code="container-not-running")
+
+    def paths(self) -> list[tuple[str, str, str]]:
+        """Container, path in the guest, path in the container, of every mount of those that run."""
+        running = [name for name, info in self._infos.items() if info.state == "running"]
+        return [
+            (name, mount.get("source", ""), mount["destination"])
+            for name in running
+            for mount in self._specs[name].get("mounts", ())
+        ]
 
     async def kill(self, key: str, number: int) -> None:
         """Sends a signal to a container's or an exec's process."""
@@ -285,6 +317,10 @@ def make_plan(request: ContainerRequest, engine: Engine | None = None) -> Plan:
         sources[request.root.path] = look(request.root.path)
     snapshot = engine.snapshot() if engine else None
     return plan_container(request.name, request.spec, spec, request.root, sources, snapshot)
+
+
+async def _nothing(_name: str) -> None:
+    """For when nobody wants to know."""
 
 
 async def _pump(source: Stream, target: Stream) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES
+from holdfast.spec.pmem import PmemLimits
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot  # noqa: TC001  msgspec reads the types when it decodes
 
 
@@ -17,6 +18,9 @@ class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         root, data: the state root and the data folder.
         ephemeral: the pod ends with the client that started it.
         cold: boot a machine of its own instead of starting from a template.
+        writable_shares: whether containers may get shares of the host that they can write to.
+        pmem: how much persistent memory there may be for layers.
+        ports: whether there are places for assigned devices.
     """
 
     name: str
@@ -27,6 +31,9 @@ class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     cpus: int = 1
     ephemeral: bool = False
     cold: bool = False
+    writable_shares: bool = True
+    pmem: PmemLimits = PmemLimits()
+    ports: bool = False
 
 
 class Stdio(msgspec.Struct, frozen=True, omit_defaults=True):

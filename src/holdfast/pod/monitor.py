@@ -36,6 +36,10 @@ def main() -> NoReturn:
     os.close(writer)
     os.set_inheritable(lock_fd, False)
     os.set_inheritable(client_fd, False)
+    # QEMU makes files on the host for the guest, as root.  Device nodes and file capabilities made so would be
+    # good for everybody on the host who gets at them: what is started from here cannot make any.
+    for capability in (syscalls.CAP_MKNOD, syscalls.CAP_SETFCAP):
+        syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
     status = 70
     try:
         from holdfast.pod.service import serve

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import InvalidInput, NotReleased, from_exception
+from holdfast.errors import HoldfastError, InvalidInput, NotReleased, from_exception
 from holdfast.linux import syscalls
-from holdfast.machine import accelerator, guest_image, template, vm
+from holdfast.machine import accelerator, guest_image, ports, template, vm
 from holdfast.machine.config import MIN_MEMORY_BYTES, MachineConfig
 from holdfast.pod.attach import HotAttach
 from holdfast.pod.containers import Containers
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
+from holdfast.storage.pci import Functions
+from holdfast.storage.pmem import PmemLayers
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class Service:
         self._engine: Engine
         self._containers: Containers
         self._attached: HotAttach
+        self._pmem: PmemLayers | None = None
         self._guest: dict[str, Any] = {}
         self._ready: asyncio.Future[None]
         self._ending = asyncio.Event()
@@ -71,6 +74,7 @@ class Service:
             "wait": self._wait,
             "attach": self._attach,
             "detach": self._detach,
+            "grow": self._grow,
             "storage": self._storage,
             "inspect": self._inspect,
             "verify": self._verify,
@@ -84,6 +88,9 @@ class Service:
             loop.add_signal_handler(number, self._ending.set)
         self._ready = loop.create_future()
         self._journal.add_pod(self._config.name, self._host_pid, self._config.isolation)
+        # Held open to the very end: asyncio closes its own when the client has said that it is done, and the client
+        # takes the end of the connection for the end of the pod.
+        os.dup(client_fd)
         first = self._connection()
         await loop.create_connection(lambda: first, sock=socket.socket(fileno=client_fd))
         server = await loop.create_unix_server(self._connection, path=str(self._folder / SOCKET))
@@ -125,9 +132,13 @@ class Service:
             self._mount_export()
             self._machine = await self._start_machine(lambda text: client.event("say", {"text": text}))
             self._machine.export = str(self._export)
-            self._engine = Engine(self._machine, self._journal, self._config.name, Path(self._config.data))
+            self._engine = Engine(
+                self._machine, self._journal, self._config.name, Path(self._config.data),
+                writable_shares=self._config.writable_shares, pmem=self._make_pmem(self._machine),
+                functions=self._make_functions(self._machine),
+            )  # fmt: skip
             self._containers = Containers(self._config.name, self._folder, self._machine, self._engine)
-            self._attached = HotAttach(self._engine)
+            self._attached = HotAttach(self._engine, self._machine, self._containers)
             self._machine.died.add_done_callback(lambda _: self._on_death())
             self._ready.set_result(None)
         except Exception as error:
@@ -135,6 +146,21 @@ class Service:
             self._ready.exception()  # asked for, whether or not somebody waits: no warning about it
             if self._config.ephemeral:
                 await self._until_told(client)
+
+    def _make_pmem(self, machine: vm.VirtualMachine) -> PmemLayers | None:
+        config = self._config
+        if not config.pmem.count:
+            return None
+        self._pmem = PmemLayers(
+            machine, machine, self._journal, config.name, Path(config.data), config.pmem,
+            room_bytes=ports.pmem_room_bytes(config.memory_bytes), stale_code=machine.config.accelerator != "kvm",
+        )  # fmt: skip
+        return self._pmem
+
+    def _make_functions(self, machine: vm.VirtualMachine) -> Functions | None:
+        if not machine.config.expandable:
+            return None
+        return Functions(machine, machine, self._journal, self._config.name)
 
     async def _until_told(self, client: Connection) -> None:
         """Gives the client the time to read why, then ends the pod."""
@@ -171,7 +197,8 @@ class Service:
         version = accelerator.cached_qemu_version(data)
         guest = guest_image.find(data) or await _build_guest(data, say)
         verdict = await accelerator.choose(data, guest, version, say)
-        machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version)
+        expandable = config.ports or bool(config.pmem.count)
+        machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version, expandable)
         self._machine_config = machine
         console = str(self._folder / "console.log")
         if config.cold:
@@ -196,11 +223,15 @@ class Service:
             machine.closing = True
             if not machine.died.done() and self._engine.has_writable():
                 errors += await self._release_all()
+                if errors:  # what a container kept busy is free now that it is gone
+                    errors = await self._release_all()
             await machine.close()
             if errors or self._engine.held():
                 errors = await self._release_all()
             if errors:  # a release that was under way when the machine ended: with the machine gone it can finish
                 errors = await self._release_all()
+        if self._pmem is not None:
+            self._pmem.close()
         for mounted in (self._served, self._export):
             with contextlib.suppress(OSError):
                 syscalls.umount(str(mounted), syscalls.MNT_DETACH)
@@ -241,13 +272,32 @@ class Service:
         return {"code": await self._containers.wait(str(params.get("container")))}
 
     async def _attach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        return await self._attached.attach(dict(params["mount"]))
+        return await self._attached.attach(dict(params["mount"]), str(params.get("container") or ""))
 
     async def _detach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        await self._attached.detach(str(params["guest_path"]))
+        await self._attached.detach(str(params["guest_path"]), str(params.get("container") or ""))
+
+    async def _grow(self, _client: Connection, params: dict[str, Any]) -> Any:
+        return {"size_bytes": await self._engine.grow_scratch(str(params["container"]), int(params["size_bytes"]))}
 
     async def _storage(self, _client: Connection, _params: dict[str, Any]) -> Any:
-        return self._engine.describe()
+        found = self._engine.describe()
+        await self._add_paths(found)
+        return found
+
+    async def _add_paths(self, found: dict[str, Any]) -> None:
+        """Adds what only others than the engine know: paths in containers, and how much was read and written."""
+        paths = [*self._containers.paths(), *self._attached.paths()]
+        machine = self._machine
+        traffic: dict[str, tuple[int, int]] = {}
+        if machine is not None and not machine.died.done():
+            with contextlib.suppress(HoldfastError):  # it may die meanwhile: what it held is still to be told
+                traffic = await machine.traffic()
+        for disk in found["attachments"]:
+            disk["container_paths"] = [f"{c}:{where}" for c, path, where in paths if path in disk["guest_paths"]]
+            disk["read_bytes"], disk["written_bytes"] = traffic.get(disk["slot"], (0, 0))
+        for share in found["shares"]:
+            share["container_paths"] = [f"{c}:{where}" for c, path, where in paths if path == share["guest_path"]]
 
     async def _verify(self, _client: Connection, _params: dict[str, Any]) -> Any:
         """Compares what the journal says with what the machine has: for ``audit``."""

@@ -15,6 +15,8 @@ VERITY = "dev.holdfast.verity"
 ENCRYPT_SCRATCH = "io.microsoft.virtualmachine.storage.scratch.encrypted"
 #: containerd: the containers of a pod write to one scratch disk.
 REUSE_SCRATCH = "containerd.io/snapshot/io.microsoft.container.storage.reuse-scratch"
+#: hcsshim: no container of the pod, or this one, gets a share that it can write to.
+NO_WRITABLE_SHARES = "io.microsoft.virtualmachine.fileshares.disablewritable"
 
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 

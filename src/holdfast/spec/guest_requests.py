@@ -92,8 +92,8 @@ class SCSIDevice(Shape, frozen=True):
 class LCOWMappedDirectory(Shape, frozen=True):
     """A share of the host, mounted at a path.
 
-    Not in the protocol of others: ``no_suid``, and ``last``, with which the removed share takes along what
-    all shares of the pod have in common.
+    Not in the protocol of others: ``no_suid``; ``last``, with which the removed share takes along what
+    all shares of the pod have in common; and ``cache``, how the guest caches it.
     """
 
     mount_path: str = ""
@@ -102,6 +102,7 @@ class LCOWMappedDirectory(Shape, frozen=True):
     read_only: bool = False
     no_suid: bool = False
     last: bool = False
+    cache: str = ""
 
 
 WCOWMappedDirectory = MappedDirectory
@@ -157,18 +158,26 @@ class LCOWVPMemMappingInfo(Shape, frozen=True):
 
 
 class LCOWMappedVPMemDevice(Shape, frozen=True):
-    """A read-only layer on persistent memory, mounted at a path; it has all of the device without ``mapping_info``."""
+    """A read-only layer on persistent memory, mounted at a path; it has all of the device without ``mapping_info``.
+
+    Not in the protocol of others: ``no_dax``, with which files are not mapped from the device itself.
+    """
 
     device_number: PmemDevice = 0
     mount_path: str = ""
     mapping_info: LCOWVPMemMappingInfo | None = None
     verity_info: DeviceVerityInfo | None = None
+    no_dax: bool = False
 
 
 class LCOWMappedVPCIDevice(Shape, frozen=True):
-    """An assigned device, to be waited for."""
+    """An assigned device, to be waited for.
+
+    Not in the protocol of others, whose devices come by a bus that QEMU has not got: ``port``, behind which it appears.
+    """
 
     vm_bus_guid: str = field(default="", name="VMBusGUID")
+    port: Unsigned = 0
 
 
 class ConfidentialOptions(Shape, frozen=True):

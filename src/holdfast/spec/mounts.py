@@ -12,7 +12,9 @@ import posixpath
 from typing import TYPE_CHECKING
 
 from holdfast.errors import InvalidInput
-from holdfast.mounts.options import FLAG_NAMES, PROPAGATION_NAMES, is_read_only
+from holdfast.mounts.options import FLAG_NAMES, PROPAGATION_NAMES, is_read_only, split
+from holdfast.spec import disk_options
+from holdfast.spec.disk_options import BLOCKDEV
 from holdfast.spec.runtime import JsonObject, clean_path
 from holdfast.spec.sizes import parse_size
 
@@ -29,13 +31,19 @@ _ALIASES = {
     "readonly": "ro",
     "read-only": "ro",
     "readwrite": "rw",
+    "propagation": "bind-propagation",
     "tmpfs-size": "size",
     "tmpfs-mode": "mode",
 }
+_DISK_KEYS = ("format", "partition", "access", "mount", "bind-propagation", "options")
 _TYPE_KEYS: dict[str, tuple[str, ...]] = {
-    "bind": ("bind-propagation", "bind-nonrecursive"),
+    "disk": _DISK_KEYS,
+    "physical-disk": _DISK_KEYS,
+    "bind": ("bind-propagation", "bind-nonrecursive", "cache"),
     "tmpfs": ("size", "mode", "tmpcopyup", "notmpcopyup"),
 }
+#: How a guest may cache what is bound: ``none``, ``mmap`` (the default) or ``loose`` (as if nobody else wrote).
+CACHE_MODES = ("none", "mmap", "loose")
 _WITHOUT_VALUE = (*FLAG_NAMES, "bind-nonrecursive", "tmpcopyup", "notmpcopyup")
 
 
@@ -67,7 +75,13 @@ def parse_mount(text: str, *, cwd: str, option: str = "--mount", destination_nee
             raise _wrong(subject, f"type={kind} takes no {key!r}", f"it takes {own}")
         if value and key in _WITHOUT_VALUE:
             raise _wrong(subject, f"{key!r} takes no value")
-    if destination or destination_needed:
+    is_device = kind in _OCI_TYPES or kind == "physical-disk"
+    if keys.get("mount", "yes") not in ("yes", "none"):
+        raise _wrong(subject, f"mount={keys['mount']}", "mount=none gives the device instead of what is on it")
+    if is_device and (destination.startswith(BLOCKDEV) or keys.get("mount") == "none"):
+        path = destination.removeprefix(BLOCKDEV)
+        destination = BLOCKDEV + (_destination(path, subject) if path or destination_needed else "")
+    elif destination or destination_needed:
         destination = _destination(destination, subject)
     return {
         "destination": destination,
@@ -198,11 +212,31 @@ def _options(kind: str, keys: dict[str, str], subject: str) -> list[str]:
         if propagation not in PROPAGATION_NAMES:
             raise _wrong(subject, f"bind-propagation={propagation}", f"it is one of {', '.join(PROPAGATION_NAMES)}")
         options += ["bind" if "bind-nonrecursive" in keys else "rbind", propagation]
+        if (cache := keys.get("cache")) is not None:
+            if cache not in CACHE_MODES:
+                raise _wrong(subject, f"cache={cache}", f"it is one of {', '.join(CACHE_MODES)}")
+            options.append(f"cache={cache}")
     options.append(_access(kind, keys, subject))
     options += [key for key in keys if key in FLAG_NAMES]
     if kind == "tmpfs":
         options += _tmpfs_options(keys, subject)
+    if kind in ("disk", "physical-disk"):
+        options += _disk_options(keys, subject)
     return options
+
+
+def _disk_options(keys: dict[str, str], subject: str) -> list[str]:
+    """The propagation, what is for Holdfast, and data for the filesystem."""
+    options: list[str] = []
+    if propagation := keys.get("bind-propagation"):
+        if propagation not in PROPAGATION_NAMES:
+            raise _wrong(subject, f"propagation={propagation}", f"it is one of {', '.join(PROPAGATION_NAMES)}")
+        options.append(propagation)
+    for name in ("format", "partition", "access"):
+        if name in keys:
+            disk_options.check(name, keys[name], subject)
+            options.append(f"{disk_options.PREFIX}{name}={keys[name]}")
+    return options + split(keys.get("options", ""))
 
 
 def _access(kind: str, keys: dict[str, str], subject: str) -> str:

@@ -139,7 +139,8 @@ class Attachments:
         try:
             status = os.fstat(fd)
             root_hash = disk.verity.root_hash if disk.verity else ""
-            key = DiskKey(status.st_dev, status.st_ino, disk.read_only, disk.disk_format, root_hash)
+            exclusive = disk.read_only and disk.level == "individual"
+            key = DiskKey(*identity(status), disk.read_only, disk.disk_format, root_hash, exclusive)
             return await self._shared.acquire(key, holder, lambda: self._attach(disk, key, os.dup(fd)))
         finally:
             os.close(fd)
@@ -159,6 +160,11 @@ class Attachments:
             NotReleased: see :meth:`detach`.
         """
         await self._shared.abandon(attachment.key, holder)
+
+    async def grow(self, attachment: Attachment, size_bytes: int) -> None:
+        """Makes a disk of Holdfast's own larger; the guest is not told."""
+        await self._sandbox.resize_disk(attachment.slot, size_bytes)
+        self._shared.replace(attachment.key, msgspec.structs.replace(attachment, size_bytes=size_bytes))
 
     async def retry(self) -> list[Exception]:
         """See :meth:`Counted.retry`."""

@@ -183,6 +183,10 @@ class Counted(Generic[K, V]):
         entry = self._entries.get(key)
         return entry.value if entry is not None and entry.made else None
 
+    def replace(self, key: K, value: V) -> None:
+        """Puts another value in the place of what was made: it has changed."""
+        self._entries[key].value = value
+
     def items(self) -> list[tuple[K, V, list[str]]]:
         """Everything made, with its holders."""
         return [(key, e.value, sorted(e.holders)) for key, e in self._entries.items() if e.made]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from holdfast.errors import GuestFailed
+from holdfast.errors import GuestFailed, InUse
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.attachments import (
     GUEST_SECONDS,
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 
 class MountKey(NamedTuple):
-    """What makes two disk mounts the same: the disk, the partition, the filesystem's options."""
+    """What makes two disk mounts the same: the disk, the partition, the filesystem's options.
+
+    With ``block_dev`` it is not mounted at all: there is a link to the device.
+    """
 
     disk: DiskKey
     partition: int
     options: tuple[str, ...]
+    block_dev: bool = False
 
 
 class DiskMount(msgspec.Struct, frozen=True):
@@ -49,7 +53,7 @@ class DiskMounts:
     def __init__(self, sandbox: Sandbox, attachments: Attachments) -> None:
         self._sandbox = sandbox
         self._attachments = attachments
-        self._numbers: set[int] = set()
+        self._paths: dict[str, MountKey] = {}
         self._shared: Counted[MountKey, DiskMount] = Counted(self._unmount)
 
     async def mount(
@@ -60,18 +64,26 @@ class DiskMounts:
         options: tuple[str, ...] = (),
         partition: int = 0,
         filesystem: str = "",
+        block_dev: bool = False,
+        guest_path: str = "",
         opened: Callable[[], int] | None = None,
     ) -> DiskMount:
         """Attaches a disk and mounts it at the lowest free ``/run/mounts/scsi/m<n>``, or counts one more holder.
 
+        Args:
+            block_dev: make a link to the device there instead.
+            guest_path: where to; what is mounted already is somewhere else, perhaps, and what is returned counts.
+
         Raises:
+            InUse: ``path-in-use``: the path has another disk; ``disk-in-use``: one of two wants it mounted and the
+                other its device, to write to.
             HoldfastError: what went wrong; nothing of it is left.
         """
         attachment = await self._attachments.attach(disk, holder, opened)
         try:
             # The order in which options are written makes no other mount.
-            key = MountKey(attachment.key, partition, tuple(sorted(options)))
-            return await self._shared.acquire(key, holder, lambda: self._mount(key, attachment, filesystem))
+            key = MountKey(attachment.key, partition, tuple(sorted(options)), block_dev)
+            return await self._shared.acquire(key, holder, lambda: self._mount(key, attachment, filesystem, guest_path))
         except BaseException as error:
             # A task of its own: a second cancellation must not stop it half-way.
             add_causes(error, await asyncio.shield(asyncio.ensure_future(self._give_up(attachment, holder))))
@@ -101,15 +113,32 @@ class DiskMounts:
         await self._shared.settle()
         await self._attachments.settle()
 
-    async def _mount(self, key: MountKey, attachment: Attachment, filesystem: str) -> DiskMount:
-        number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
-        self._numbers.add(number)
-        path = f"/run/mounts/scsi/m{number}"
+    def _take_path(self, key: MountKey, attachment: Attachment, wanted: str) -> str:
+        """Reserves the path; nothing else of the pod gets it as long as it is in use."""
+        others = [
+            other for other in self._paths.values() if other.disk == key.disk and other.block_dev != key.block_dev
+        ]
+        if not key.disk.read_only and any(
+            0 in (other.partition, key.partition) or other.partition == key.partition for other in others
+        ):
+            raise InUse(
+                "mount disk", subject=attachment.disk.path, code="disk-in-use",
+                why="it would be mounted and open as a device at the same time",
+            )  # fmt: skip
+        if wanted in self._paths:
+            raise InUse("mount disk", subject=wanted, why="another disk is there", code="path-in-use")
+        numbered = (f"/run/mounts/scsi/m{number}" for number in range(len(self._paths) + 1))
+        path = wanted or next(path for path in numbered if path not in self._paths)
+        self._paths[path] = key
+        return path
+
+    async def _mount(self, key: MountKey, attachment: Attachment, filesystem: str, wanted: str) -> DiskMount:
+        path = self._take_path(key, attachment, wanted)
         slot = attachment.slot
         mount = DiskMount(key, attachment, path)
         settings = requests.LCOWMappedVirtualDisk(
             mount_path=path, lun=slot.lun, controller=slot.controller, partition=key.partition,
-            read_only=key.disk.read_only, options=key.options, filesystem=filesystem,
+            read_only=key.disk.read_only, options=key.options, filesystem=filesystem, block_dev=key.block_dev,
             encrypted=attachment.disk.encrypted, ensure_filesystem=attachment.disk.encrypted,
             verity_info=_verity_info(attachment.disk),
         )  # fmt: skip
@@ -133,11 +162,11 @@ class DiskMounts:
         slot = mount.attachment.slot
         settings = requests.LCOWMappedVirtualDisk(
             mount_path=mount.guest_path, lun=slot.lun, controller=slot.controller, partition=key.partition,
-            read_only=key.disk.read_only,
+            read_only=key.disk.read_only, block_dev=key.block_dev,
         )  # fmt: skip
         request = requests.encode(requests.GuestRequest("Remove", settings))
         await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, GUEST_SECONDS))
-        self._numbers.discard(int(mount.guest_path.rpartition("m")[2]))
+        self._paths.pop(mount.guest_path, None)
 
     def path_of(self, attachment: Attachment) -> list[str]:
         """Where the guest has an attachment mounted."""

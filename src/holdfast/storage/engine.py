@@ -11,16 +11,19 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import InUse
+from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.spec import guest_requests as requests
 from holdfast.storage import scratch as scratch_disks
 from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk, add_causes, while_alive
 from holdfast.storage.counted import Counted
 from holdfast.storage.disk_mounts import DiskMounts
+from holdfast.storage.pci import FunctionKey, Functions, Node
 from holdfast.storage.plan import PodSnapshot
+from holdfast.storage.pmem import NO_ROOM, TOO_BIG, PmemLayers
 from holdfast.storage.shares import ShareKey, Shares
 from holdfast.storage.steps import (
     AnyStep,
+    AssignDevice,
     CombineLayers,
     MakeScratch,
     MountDisk,
@@ -48,11 +51,13 @@ class Held:
 
     Attributes:
         paths: id of each step done -> the path that it yielded in the guest.
+        nodes: device nodes that came with assigned devices.
     """
 
     def __init__(self, holder: str) -> None:
         self.holder = holder
         self.paths: dict[str, str] = {}
+        self.nodes: list[Node] = []
         self.undo = Undo()
         self.failed = False
         self.work: asyncio.Task[None]
@@ -64,13 +69,29 @@ class Engine:
 
     Args:
         data: the data folder, for scratch disks.
+        writable_shares: whether the pod may have any.
+        pmem: for layers that are to be in persistent memory; without it they get SCSI slots.
+        functions: for assigned devices.
     """
 
-    def __init__(self, sandbox: Sandbox, journal: Journal, pod: str, data: Path) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        journal: Journal,
+        pod: str,
+        data: Path,
+        *,
+        writable_shares: bool = True,
+        pmem: PmemLayers | None = None,
+        functions: Functions | None = None,
+    ) -> None:
         self._sandbox = sandbox
         self._journal = journal
         self._pod = pod
         self._data = data
+        self._writable_shares = writable_shares
+        self._pmem = pmem
+        self._functions = functions
         self.attachments = Attachments(sandbox, journal, pod)
         self.disks = DiskMounts(sandbox, self.attachments)
         self.shares = Shares(sandbox, journal, pod)
@@ -86,7 +107,7 @@ class Engine:
         }
         layers = frozenset((a.disk.path, a.key.verity) for a, _ in self.attachments.items() if a.disk.kind == "layer")
         scratch = frozenset(encrypted for encrypted, _, _ in self._scratch.items())
-        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers, scratch)
+        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers, scratch, self._writable_shares)
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
         """Carries out the storage steps of a plan for ``holder``.
@@ -118,7 +139,11 @@ class Engine:
     async def _acquire(self, held: Held, steps: tuple[AnyStep, ...]) -> None:
         await self.disks.retry()
         await self.shares.retry()
-        parallel = [step for step in steps if isinstance(step, MountLayer | MakeScratch | MountDisk | ShareDirectory)]
+        for other in (self._pmem, self._functions):
+            if other is not None:
+                await other.retry()
+        side_by_side = MountLayer | MakeScratch | MountDisk | ShareDirectory | AssignDevice
+        parallel = [step for step in steps if isinstance(step, side_by_side)]
         await self._all(held, parallel)
         for step in steps:
             if isinstance(step, CombineLayers):
@@ -147,22 +172,28 @@ class Engine:
     async def _do(self, held: Held, step: AnyStep) -> None:
         match step:
             case MountLayer():
+                if step.pmem and self._pmem is not None and await self._mount_pmem(held, step, self._pmem):
+                    return
                 disk = Disk(step.path, "layer", read_only=True, verity=step.verity)
                 await self._mount_disk(held, step.id, disk, filesystem="erofs")
             case MakeScratch():
                 await self._mount_scratch(held, step)
             case MountDisk():
                 disk = Disk(
-                    step.path, "disk", step.read_only, step.disk_format, step.block_device, step.device, step.inode
-                )
+                    step.path, "disk", step.read_only, step.disk_format, step.block_device, step.device, step.inode,
+                    access=step.access,
+                )  # fmt: skip
                 await self._mount_disk(
-                    held, step.id, disk, filesystem=step.filesystem, options=step.options, partition=step.partition
-                )
+                    held, step.id, disk, filesystem=step.filesystem, options=step.options, partition=step.partition,
+                    block_dev=step.block_dev,
+                )  # fmt: skip
             case ShareDirectory():
-                key = ShareKey(step.device, step.inode, step.path, step.read_only, step.recursive)
+                key = ShareKey(step.device, step.inode, step.path, step.read_only, step.recursive, step.cache)
                 share = await self.shares.add(key, held.holder, file=step.file)
                 held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder), _GROUP)
                 held.paths[step.id] = share.guest_path
+            case AssignDevice():
+                await self._assign(held, step)
             case CombineLayers() | RunContainer():
                 raise AssertionError(step)
 
@@ -175,13 +206,38 @@ class Engine:
         filesystem: str,
         options: tuple[str, ...] = (),
         partition: int = 0,
+        block_dev: bool = False,
         opened: Callable[[], int] | None = None,
     ) -> None:
         mount = await self.disks.mount(
-            disk, held.holder, options=options, partition=partition, filesystem=filesystem, opened=opened
-        )
+            disk, held.holder, options=options, partition=partition, filesystem=filesystem, block_dev=block_dev,
+            opened=opened,
+        )  # fmt: skip
         held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder), _GROUP)
         held.paths[step_id] = mount.guest_path
+
+    async def _mount_pmem(self, held: Held, step: MountLayer, pmem: PmemLayers) -> bool:
+        """False if there is no room for it."""
+        try:
+            mount = await pmem.mount(step.path, held.holder, step.verity)
+        except Exhausted as error:
+            if error.code in (NO_ROOM, TOO_BIG):
+                return False
+            raise
+        held.undo.push(f"layer {step.path}", lambda: pmem.unmount(mount, held.holder), _GROUP)
+        held.paths[step.id] = mount.guest_path
+        return True
+
+    async def _assign(self, held: Held, step: AssignDevice) -> None:
+        functions = self._functions
+        if functions is None:
+            raise Unsupported(
+                "assign device", subject=step.address, why="this pod was started without places for devices",
+                code="no-ports", hint="holdfast run --device makes one that has them; so does pod create --pci-ports",
+            )  # fmt: skip
+        assigned = await functions.assign(FunctionKey(step.address, step.function), held.holder)
+        held.undo.push(f"device {step.address}", lambda: functions.release(assigned, held.holder), _GROUP)
+        held.nodes += assigned.nodes
 
     async def _mount_scratch(self, held: Held, step: MakeScratch) -> None:
         owner = f"pod {self._pod}" if step.shared else held.holder
@@ -221,6 +277,30 @@ class Engine:
     def also_release(self, holder: str, what: str, action: Callable[[], Awaitable[object]]) -> None:
         """Adds something to be released before everything that ``holder`` holds so far."""
         self._held[holder].undo.push(what, action)
+
+    async def grow_scratch(self, holder: str, size_bytes: int) -> int:
+        """Makes the scratch disk that ``holder`` writes to larger, meanwhile; returns its size.
+
+        Raises:
+            NotFound: it has none.
+            InvalidInput: the disk is larger already.
+            Unsupported: it is encrypted.
+        """
+        size_bytes = scratch_disks.whole_blocks(size_bytes)
+        disks = [a for a, holders in self.attachments.items() if a.disk.kind == "scratch" and holder in holders]
+        if not disks:
+            raise NotFound("grow scratch disk", subject=holder, why="it has none", code="no-scratch")
+        disk = disks[0]
+        if disk.disk.encrypted:
+            raise Unsupported("grow scratch disk", subject=holder, why="it is encrypted", code="grow-unsupported")
+        if size_bytes < disk.size_bytes:
+            why = f"{size_bytes} bytes are less than the {disk.size_bytes} that it has"
+            raise InvalidInput("grow scratch disk", subject=holder, why=why, code="scratch-size")
+        await self.attachments.grow(disk, size_bytes)
+        slot, (path, *_) = disk.slot, self.disks.path_of(disk)
+        settings = requests.LCOWMappedVirtualDisk(mount_path=path, lun=slot.lun, controller=slot.controller)
+        await self._guest("Update", settings)
+        return size_bytes
 
     def holds(self, holder: str) -> bool:
         """Whether anything is still held for ``holder``."""
@@ -262,6 +342,9 @@ class Engine:
                 await self._scratch.settle()
                 await self.disks.settle()
                 await self.shares.settle()
+                for other in (self._pmem, self._functions):
+                    if other is not None:
+                        await other.settle()
         finally:
             held.releasing = None
         if held.undo.empty:
@@ -277,6 +360,7 @@ class Engine:
                 "kind": a.disk.kind,
                 "format": a.disk.disk_format,
                 "read_only": a.disk.read_only,
+                "access": a.access,
                 "size_bytes": a.size_bytes,
                 "holders": holders,
                 "guest_paths": self.disks.path_of(a),
@@ -289,12 +373,18 @@ class Engine:
                 "path": s.key.path,
                 "kind": "file" if s.file else "directory",
                 "read_only": s.key.read_only,
+                "cache": s.key.cache,
                 "holders": holders,
                 "guest_path": s.guest_path,
             }
             for s, holders in self.shares.items()
         ]
-        return {"pod": self._pod, "attachments": attachments, "shares": shares, "free_slots": self.attachments.free}
+        pmem = self._pmem.describe() if self._pmem is not None else []
+        devices = self._functions.describe() if self._functions is not None else []
+        return {
+            "pod": self._pod, "attachments": attachments, "pmem": pmem, "shares": shares, "devices": devices,
+            "free_slots": self.attachments.free,
+        }  # fmt: skip
 
 
 async def _new_scratch(data: Path, step: MakeScratch) -> int:

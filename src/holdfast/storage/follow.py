@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from holdfast.errors import Exhausted
@@ -19,11 +21,12 @@ _LIMITS = {errno.EMFILE: "max_user_instances", errno.ENFILE: "max_user_instances
 
 
 class Name(NamedTuple):
-    """A name that is followed: the watch of its directory, and what to call when it may have changed."""
+    """A name that is followed: the watch of its directory, what to call when it may have changed, and at the end."""
 
     watch: int
     name: bytes
     changed: Callable[[], None]
+    close: Callable[[], None]
 
 
 class Follower:
@@ -33,12 +36,15 @@ class Follower:
         self._inotify: Inotify | None = None
         self._names: dict[int, Name] = {}
 
-    def follow(self, number: int, dir_fd: int, name: str, changed: Callable[[], None]) -> None:
+    def follow(
+        self, number: int, dir_fd: int, name: str, changed: Callable[[], None], close: Callable[[], None]
+    ) -> None:
         """Calls ``changed`` whenever ``name`` in a directory may stand for another file, and once now.
 
         Args:
             number: to call it by when it need not be followed any more.
-            dir_fd: the directory; only looked at now.
+            dir_fd: the directory; only used now.
+            close: called when it is forgotten.
 
         Raises:
             Exhausted: the host has no more inotify instances or watches.
@@ -57,19 +63,18 @@ class Follower:
                 "watch directory of shared file", subject=name, why=error, code="no-inotify",
                 hint=f"raise {limit} (sysctl), or share the directory",
             ) from None  # fmt: skip
-        self._names[number] = Name(watch, name.encode("utf-8", "surrogateescape"), changed)
+        self._names[number] = Name(watch, os.fsencode(name), changed, close)
         self._tell(number)  # for what has happened until now
 
     def forget(self, number: int) -> None:
         """Follows a name no more; one that is not followed is no error."""
         gone = self._names.pop(number, None)
-        if gone is not None and self._inotify is not None and self._names:
-            if all(name.watch != gone.watch for name in self._names.values()):
-                try:
-                    self._inotify.unwatch(gone.watch)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # the directory itself is gone, and the watch with it
-                        raise
+        if gone is None:
+            return
+        gone.close()
+        if self._inotify is not None and all(name.watch != gone.watch for name in self._names.values()):
+            with contextlib.suppress(OSError):  # EINVAL: the directory itself is gone, and the watch with it
+                self._inotify.unwatch(gone.watch)
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:

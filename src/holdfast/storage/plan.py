@@ -14,11 +14,17 @@ from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupporte
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.mounts import options as mount_options
 from holdfast.spec import disk_options
+from holdfast.spec.annotations import NO_WRITABLE_SHARES
+from holdfast.spec.annotations import flag as annotation_flag
+from holdfast.spec.mounts import CACHE_MODES
+from holdfast.spec.pmem import pmem_limits
 from holdfast.spec.runtime import DISK_TYPES, Mount, Spec, clean_path
 from holdfast.storage.disk_formats import needs_parent, plain
+from holdfast.storage.pci import parse_function
 from holdfast.storage.scratch import whole_blocks
 from holdfast.storage.steps import (
     AnyStep,
+    AssignDevice,
     CombineLayers,
     MakeScratch,
     MountDisk,
@@ -30,6 +36,8 @@ from holdfast.storage.steps import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from holdfast.storage.survey import Source
 
 #: Types that only a later stage of the plan could resolve.
@@ -74,6 +82,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         disks: (device, inode) of attached disks -> whether writable.
         layers: (path, root hash that it is checked by) of attached layers.
         scratch: whether the scratch disks that containers share are encrypted.
+        writable_shares: whether the pod may have any.
     """
 
     free_slots: int = 256
@@ -81,6 +90,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
     disks: dict[tuple[int, int], bool] = {}
     layers: frozenset[tuple[str, str]] = frozenset()
     scratch: frozenset[bool] = frozenset()
+    writable_shares: bool = True
 
 
 def plan_container(
@@ -106,7 +116,7 @@ def plan_container(
         raise InUse("run container", subject=name, why="the pod has one of this name", code="container-exists")
     if spec.process is None:
         raise InvalidInput("run container", subject=name, why="its specification has no process", code="spec-invalid")
-    steps, root_step = _root_steps(root, sources)
+    steps, root_step = _root_steps(root, sources, pmem=pmem_limits(spec.annotations).count > 0)
     rewrites: list[Rewrite] = []
     for index, mount in enumerate(spec.mounts):
         step = mount_step(index, mount, sources, steps)
@@ -115,11 +125,22 @@ def plan_container(
                 steps.append(step)
             rewrites.append(Rewrite(index, step.id, _guest_options(mount)))
     _check_disks(steps, pod)
+    check_shares(
+        steps, writable=pod.writable_shares and not annotation_flag(spec.annotations, NO_WRITABLE_SHARES)
+    )  # fmt: skip
+    steps += _device_steps(spec)
     steps.append(RunContainer("run", spec.process.args))
     return Plan(name, tuple(steps), raw, root_step, tuple(rewrites))
 
 
-def _root_steps(root: LayeredRoot | DirectoryRoot, sources: dict[str, Source]) -> tuple[list[AnyStep], str]:
+def _device_steps(spec: Spec) -> list[AnyStep]:
+    keys = dict.fromkeys(parse_function(device.id, device.id_type or "pci") for device in spec.windows.devices)
+    return [AssignDevice(f"device{index}", key.address, key.function) for index, key in enumerate(keys)]
+
+
+def _root_steps(
+    root: LayeredRoot | DirectoryRoot, sources: dict[str, Source], *, pmem: bool
+) -> tuple[list[AnyStep], str]:
     if isinstance(root, DirectoryRoot):
         source = sources[root.path]
         if source.kind != "directory":
@@ -131,7 +152,7 @@ def _root_steps(root: LayeredRoot | DirectoryRoot, sources: dict[str, Source]) -
     # A layer that is there twice (empty ones are) hides itself where it is lower, and overlayfs refuses to have both.
     layers = dict.fromkeys(root.layers)
     steps: list[AnyStep] = [
-        MountLayer(f"layer{index}", path, diff_id, root.verity.get(path))
+        MountLayer(f"layer{index}", path, diff_id, root.verity.get(path), pmem)
         for index, (path, diff_id) in enumerate(layers)
     ]
     layer_ids = tuple(step.id for step in steps)
@@ -193,8 +214,33 @@ def _share(index: int, mount: Mount, source: Source, subject: str) -> ShareDirec
         )  # fmt: skip
     return ShareDirectory(
         f"m{index}", mount.source, source.device, source.inode, mount.read_only, source.kind == "file",
-        "rbind" in mount.options or "bind" not in mount.options,
+        "rbind" in mount.options or "bind" not in mount.options, _cache_mode(mount, subject),
     )  # fmt: skip
+
+
+def _cache_mode(mount: Mount, subject: str) -> str:
+    modes = [option.partition("=")[2] for option in mount.options if option.startswith("cache=")]
+    if unknown := [mode for mode in modes if mode not in CACHE_MODES]:
+        raise InvalidInput(
+            "plan mount", subject=subject, why=f"cache={unknown[0]} is none of {', '.join(CACHE_MODES)}",
+            code="cache-mode",
+        )  # fmt: skip
+    return modes[-1] if modes else "mmap"
+
+
+def check_shares(steps: Sequence[AnyStep], *, writable: bool) -> None:
+    """The pod's, or the container's, policy on shares.
+
+    Raises:
+        InvalidInput: one is writable that must not be.
+    """
+    for step in steps:
+        if isinstance(step, ShareDirectory) and not (step.read_only or writable):
+            raise InvalidInput(
+                "plan container", subject=step.path, why="adding writable shares is denied",
+                code="writable-share-denied",
+                hint="share it read-only" if step.id != "root" else "make the root filesystem read-only",
+            )  # fmt: skip
 
 
 def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
@@ -323,4 +369,6 @@ def _slots_needed(steps: list[AnyStep], pod: PodSnapshot) -> int:
 
 
 def _times(steps: list[AnyStep], disk: MountDisk) -> int:
-    return sum(isinstance(s, MountDisk) and (s.device, s.inode) == (disk.device, disk.inode) for s in steps)
+    """How many steps would use what this one uses: two partitions of a disk are not the same."""
+    same = [s for s in steps if isinstance(s, MountDisk) and (s.device, s.inode) == (disk.device, disk.inode)]
+    return sum(other.partition == disk.partition or 0 in (other.partition, disk.partition) for other in same)

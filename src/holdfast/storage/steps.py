@@ -20,16 +20,22 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", omit_defaults=True):
 
 
 class MountLayer(Step, frozen=True, tag="layer"):
-    """Attach an image layer's disk, read-only, and mount it; with ``verity`` every block is checked as it is read."""
+    """Attach an image layer's disk, read-only, and mount it; with ``verity`` every block is checked as it is read.
+
+    Attributes:
+        pmem: in persistent memory, if there is room.
+    """
 
     path: str
     diff_id: str = ""
     verity: Verity | None = None
+    pmem: bool = False
 
     def describe(self) -> str:
         name = self.diff_id.removeprefix("sha256:")[:12] or self.path
         check = f", verify it by root hash {self.verity.root_hash[:12]}" if self.verity else ""
-        return f"attach layer {name} read-only{check} and mount it"
+        where = " in persistent memory, if there is room" if self.pmem else ""
+        return f"attach layer {name} read-only{where}{check} and mount it"
 
 
 class MakeScratch(Step, frozen=True, tag="scratch"):
@@ -105,10 +111,23 @@ class ShareDirectory(Step, frozen=True, tag="share"):
     read_only: bool
     file: bool = False
     recursive: bool = True
+    cache: str = "mmap"
 
     def describe(self) -> str:
         what = "file" if self.file else "directory"
-        return f"share {what} {self.path} {'read-only' if self.read_only else 'writable'}"
+        cache = "" if self.cache == "mmap" else f", cache={self.cache}"
+        return f"share {what} {self.path} {'read-only' if self.read_only else 'writable'}{cache}"
+
+
+class AssignDevice(Step, frozen=True, tag="pci"):
+    """Plug in a PCI function of the host, and give its device nodes to the container."""
+
+    address: str
+    function: int = 0
+
+    def describe(self) -> str:
+        which = f"virtual function {self.function} of " if self.function else ""
+        return f"assign {which}PCI device {self.address}"
 
 
 class RunContainer(Step, frozen=True, tag="run"):
@@ -120,7 +139,7 @@ class RunContainer(Step, frozen=True, tag="run"):
         return "run " + " ".join(self.args)
 
 
-AnyStep = MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | RunContainer
+AnyStep = MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | AssignDevice | RunContainer
 
 
 class Rewrite(msgspec.Struct, frozen=True):
