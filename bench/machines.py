@@ -205,7 +205,9 @@ def busybox_image(bench: Bench) -> str:
 
 def image_import() -> None:
     """Another program measures the import beside ``umoci unpack``; its lines are ours."""
-    done = subprocess.run([sys.executable, str(HERE / "image_import.py")], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "image_import.py")], stdout=subprocess.PIPE, text=True, check=False
+    )
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             RESULTS.append(json.loads(line))

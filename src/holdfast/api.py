@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import HoldfastError, ProtocolError, from_dict
+from holdfast.errors import HoldfastError, ProtocolError, TimedOut, from_dict
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.launch import launch
@@ -159,7 +159,7 @@ def _absolute_sources(raw: dict[str, Any], folder: Path) -> None:
         source = mount.get("source", "")
         binds = mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or ())
         if source and binds and not source.startswith("/"):
-            mount["source"] = os.path.normpath(folder / source)
+            mount["source"] = os.path.join(folder, source)
 
 
 class Pod:
@@ -244,6 +244,7 @@ class Pod:
         mounts: Iterable[str | dict[str, Any]] = (),
         stdin: bytes | None = None,
         detach: bool = False,
+        ends_pod: bool = False,
         **options: Any,
     ) -> Result:
         """Runs a container to its end (or starts it, with ``detach``) and returns what it left.
@@ -253,6 +254,7 @@ class Pod:
             args: the command; empty for the image's own.
             mounts: as ``--mount`` takes them, or runtime-spec objects.
             stdin: bytes for its standard input.
+            ends_pod: the pod is closed right after, so nothing needs to be released before.
             options: ``env``, ``cwd``, ``user``, ``hostname``, ``entrypoint``, ``annotations``, ``read_only``,
                 ``scratch_bytes``, ``verity``, ``encrypt_scratch``, ``reuse_scratch``, as the command line has them.
 
@@ -264,7 +266,7 @@ class Pod:
             name or f"c-{secrets.token_hex(4)}", self.data, image=image, bundle=bundle, args=args, mounts=mounts,
             stdio=stdio, **options,
         )  # fmt: skip
-        return self._complete("run", request, stdin, detach)
+        return self._complete("run", msgspec.structs.replace(request, ends_pod=ends_pod), stdin, detach)
 
     def exec(
         self, container: str, args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None,
@@ -372,9 +374,14 @@ class Pod:
             return
         try:
             self._client.request("remove", {}, 60)
-            self._client.wait_closed(60)
+            ended_in_time = self._client.wait_closed(60)
         except ProtocolError:
-            pass
+            ended_in_time = True
+        if not ended_in_time:
+            raise TimedOut(
+                "remove pod", subject=self.name, why="it has not ended within 60 s", code="pod-not-ended",
+                hint="try again; holdfast pod inspect says what it is",
+            )  # fmt: skip
         ended = self._client.last_event("ended")
         self._abandon()
         for error in (ended or {}).get("errors", ()):
@@ -466,4 +473,4 @@ def run(
     with Pod(
         memory=memory, cpus=cpus, isolation=isolation, root=root, data=data, pmem=pmem, ports=ports
     ) as pod:  # fmt: skip
-        return pod.run(image, args, name=options.pop("name", pod.name), **options)
+        return pod.run(image, args, name=options.pop("name", pod.name), ends_pod=True, **options)

@@ -301,6 +301,7 @@ def test_a_program_that_is_not_there(null):
 
 def test_exits_before_anybody_asks_are_kept():
     children = Children()
+    children.expect()
     pid = os.posix_spawn("/bin/true", ["true"], {})
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     children.reap()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ def mount(kind: str, source: str, destination: str, *options: str) -> dict[str, 
     ("text", "expected"),
     [
         ("type=bind,src=/a,dst=/b", mount("bind", "/a", "/b", "rbind", "rprivate", "rw")),
-        ("type=bind,source=a/../c,target=/b,ro", mount("bind", "/here/now/c", "/b", "rbind", "rprivate", "ro")),
+        ("type=bind,source=a/../c,target=/b,ro", mount("bind", "/here/now/a/../c", "/b", "rbind", "rprivate", "ro")),
         ("destination=/b,type=bind,src=.,readonly=true", mount("bind", CWD, "/b", "rbind", "rprivate", "ro")),
         ("type=bind,src=/a,dst=/b,readonly=false", mount("bind", "/a", "/b", "rbind", "rprivate", "rw")),
         ("type=bind,src=/a,dst=/b,RO", mount("bind", "/a", "/b", "rbind", "rprivate", "ro")),
@@ -156,10 +155,12 @@ paths = st.text(letters, min_size=1).map("/".__add__)
 
 @given(paths)
 def test_any_path_can_be_quoted(path: str) -> None:
+    # ``..`` is the kernel's to resolve: after a link it is not what the text says.
+    expected = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
     quoted = '"src=' + path.replace('"', '""') + '"'
-    assert parse_mount(f"type=disk,{quoted},dst=/b", cwd=CWD)["source"] == posixpath.normpath(path)
+    assert parse_mount(f"type=disk,{quoted},dst=/b", cwd=CWD)["source"] == expected
     if not set(path) & set('",'):
-        assert parse_mount(f"type=disk,src={path},dst=/b", cwd=CWD)["source"] == posixpath.normpath(path)
+        assert parse_mount(f"type=disk,src={path},dst=/b", cwd=CWD)["source"] == expected
 
 
 @given(st.text('type=bind,src/a"ro', max_size=40))

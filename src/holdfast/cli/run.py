@@ -33,6 +33,7 @@ def run(command: RunOptions, line: CommandLine, output: Output) -> int:
         return _run_detached(command, line, output, pod_name, request, arguments)
     if command.pod is not None:
         return _attended(line, pod_name, "run", request, output, command.interactive)
+    request = msgspec.structs.replace(request, ends_pod=True)
     with api.Pod(pod_name, root=line.root, data=line.data, say=output.say, **arguments):
         return _attended(line, pod_name, "run", request, output, command.interactive)
 

@@ -27,6 +27,20 @@ class Children:
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._unclaimed: dict[int, int] = {}
+        self._expected = 0
+
+    def expect(self) -> None:
+        """Begins to keep the statuses of processes that nobody asks for yet; :meth:`expect_no_more` ends it.
+
+        Kept for longer, a status could be taken for that of a later process with the same number.
+        """
+        self._expected += 1
+
+    def expect_no_more(self) -> None:
+        """Ends what :meth:`expect` began."""
+        self._expected -= 1
+        if not self._expected:
+            self._unclaimed.clear()
 
     def reap(self) -> None:
         """Collects every child that has ended."""
@@ -40,7 +54,7 @@ class Children:
             callback = self._callbacks.pop(pid, None)
             if callback is not None:
                 callback(status)
-            else:
+            elif self._expected:
                 self._unclaimed[pid] = status
                 if len(self._unclaimed) > _KEPT:
                     del self._unclaimed[next(iter(self._unclaimed))]

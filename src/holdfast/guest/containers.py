@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: Bundles hold configuration only; root filesystems are mounted elsewhere, so that a bundle can simply be removed.
 BUNDLES = "/run/holdfast/bundles"
+_TTYS = "/run/holdfast/tty"
 _STATE = "/run/crun"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -39,6 +40,7 @@ class Process:
         self.input: Input | None = None
         self.outputs: list[Output] = []
         self.status: int | None = None
+        self.folder = ""
 
 
 class Stdio:
@@ -85,6 +87,7 @@ class Containers:
         self._children = children
         self._runtime = runtime
         self._report = report
+        self._launched = 0
         self._processes: dict[str, Process] = {}
 
     def start(self, mux: Mux, params: dict[str, Any]) -> Task:
@@ -123,7 +126,17 @@ class Containers:
         with open(f"{folder}/process.json", "w") as file:
             json.dump(process, file)
         argv = ["exec", "--detach", "--process", f"{folder}/process.json"]
-        return (yield from self._launch(mux, key, folder, argv, [container], params, process))
+        try:
+            answer = yield from self._launch(mux, key, folder, argv, [container], params, process)
+        except BaseException:
+            _remove_bundle(folder)
+            raise
+        running = self._processes.get(key)
+        if running is not None:
+            running.folder = folder
+        else:  # it has ended already
+            _remove_bundle(folder)
+        return answer
 
     def _launch(
         self, mux: Mux, key: str, folder: str, argv: list[str], tail: list[str], params: dict[str, Any],
@@ -136,10 +149,15 @@ class Containers:
             *argv, "--pid-file", pid_file,
         ]  # fmt: skip
         stdio = Stdio(terminal, int(params.get("stdin") or 0))
-        listener = _listen(f"{folder}/tty") if terminal else None
+        listener = None
+        self._children.expect()
+        self._launched += 1
+        tty = f"{_TTYS}/{self._launched}"  # short: a socket's path has 107 bytes, and names may be long
         try:
-            if listener is not None:
-                command += ["--console-socket", f"{folder}/tty"]
+            if terminal:
+                os.makedirs(_TTYS, 0o700, exist_ok=True)
+                listener = _listen(tty)
+                command += ["--console-socket", tty]
             status = yield from self._children.run(command + tail, *stdio.child)
             if status != 0:
                 raise _failure(log, command_name)
@@ -148,12 +166,14 @@ class Containers:
             with open(pid_file) as file:
                 process = Process(key, int(file.read()), terminal_fd, mux)
             self._connect(process, stdio, params)
+            self._processes[key] = process
+            self._children.on_exit(process.pid, lambda status: self._ended(process, status))
         finally:
+            self._children.expect_no_more()
             stdio.close()
             if listener is not None:
                 listener.close()
-        self._processes[key] = process
-        self._children.on_exit(process.pid, lambda status: self._ended(process, status))
+                os.unlink(tty)
         return {"pid": process.pid}
 
     def _connect(self, process: Process, stdio: Stdio, params: dict[str, Any]) -> None:
@@ -194,6 +214,8 @@ class Containers:
             process.mux.close(channel)
         if process.terminal_fd >= 0:
             os.close(process.terminal_fd)
+        if process.folder:  # of an exec; a container's bundle goes with the container
+            _remove_bundle(process.folder)
         status = process.status
         signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = 128 + signalled if signalled else os.WEXITSTATUS(status)

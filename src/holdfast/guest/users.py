@@ -55,7 +55,9 @@ def _set_home(process: dict[str, Any], root: str) -> None:
 
 def _group_of(entry: list[str]) -> int:
     if not _is_number(entry[3]):
-        raise InvalidInput("find user", subject=entry[0], why="its group in /etc/passwd is no number", code="bad-passwd")
+        raise InvalidInput(
+            "find user", subject=entry[0], why="its group in /etc/passwd is no number", code="bad-passwd"
+        )
     return int(entry[3])
 
 

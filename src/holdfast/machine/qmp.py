@@ -17,6 +17,7 @@ from holdfast.errors import Exhausted, HoldfastError, MachineFailed, NotReleased
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
 COMMAND_SECONDS = 10.0
 
@@ -24,8 +25,9 @@ COMMAND_SECONDS = 10.0
 class Qmp:
     """One QMP connection.  Commands run one at a time, so that a descriptor and its command stay together."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, on_no_space: Callable[[str], None]) -> None:
         self._socket = sock
+        self._on_no_space = on_no_space
         self._client = QMPClient("holdfast")
         self._lock = asyncio.Lock()
         self._error: HoldfastError | None = None
@@ -134,8 +136,10 @@ class Qmp:
 
     def _on_event(self, event: Message) -> bool:
         """Sees every event as the listener's filter, and keeps none: a queue that nobody reads would only grow."""
+        data = event.get("data")
+        if event.get("event") == "BLOCK_IO_ERROR" and isinstance(data, dict) and data.get("nospace"):
+            self._on_no_space(str(data.get("node-name") or data.get("device") or "disk"))
         if event.get("event") == "DEVICE_DELETED":
-            data = event.get("data")
             future = self._deleted.get(str(data.get("device"))) if isinstance(data, dict) else None
             if future is not None and not future.done():
                 future.set_result(None)

@@ -235,7 +235,9 @@ def _make_ram(path: Path, size_bytes: int) -> None:
         os.close(fd)
 
 
-async def clone(folder: Path, config: MachineConfig, *, export: str, console_log: str) -> vm.VirtualMachine:
+async def clone(
+    folder: Path, config: MachineConfig, *, export: str, console_log: str, hold_fd: int = -1
+) -> vm.VirtualMachine:
     """Starts a machine from a template.
 
     Raises:
@@ -245,7 +247,7 @@ async def clone(folder: Path, config: MachineConfig, *, export: str, console_log
     try:
         return await vm.start(
             config, ram_path=str(folder / "ram"), ram_shared=False, export=export, console_log=console_log,
-            state_fd=state_fd,
+            state_fd=state_fd, hold_fd=hold_fd,
         )  # fmt: skip
     finally:
         os.close(state_fd)

@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import HoldfastError, MachineFailed, ProtocolError, TimedOut
+from holdfast.errors import Exhausted, HoldfastError, MachineFailed, ProtocolError, TimedOut
 from holdfast.machine import migration, ports
 from holdfast.machine.config import MachineConfig, Wiring, command_line
 from holdfast.machine.console import Console
@@ -46,6 +46,7 @@ class VirtualMachine:
         self._console: Console
         self._watcher: asyncio.Task[None] | None = None
         self.closing = False
+        self._no_space: Exhausted | None = None
 
     @property
     def pid(self) -> int:
@@ -85,8 +86,9 @@ class VirtualMachine:
             await self._qmp.execute("device_add", {
                 "driver": "scsi-hd", "id": device, "bus": f"scsi{slot.controller}.0", "channel": 0, "scsi-id": 0,
                 "lun": slot.lun, "drive": node, "serial": device,
-                # By default QEMU stops the whole machine when the host's disk is full: the guest gets an error instead.
-                "werror": "report", "rerror": "report",
+                # A full host disk stops the guest before it sees anything (see _on_no_space): told of a failed write,
+                # it would drop the page and read back something else later.
+                "werror": "enospc", "rerror": "report",
             })  # fmt: skip
         except BaseException as error:
             # Whether an interrupted command ran cannot be known: everything is taken back, in any case.
@@ -164,8 +166,21 @@ class VirtualMachine:
         await self._qmp.close()
         self._console.close()
 
-    def describe_death(self) -> MachineFailed:
-        """Why the machine is gone: exit status and the console's last lines."""
+    def _on_no_space(self, node: str) -> None:
+        """The host's disk is full under a disk of the guest, and QEMU has stopped it: the machine ends, and says why.
+
+        Going on is not possible without losing writes that the guest's programs believe to be done.
+        """
+        self._no_space = Exhausted(
+            "write to disk", subject=node, why="the host's disk is full; the machine was ended", code="disk-full",
+            hint="make room, then run it again",
+        )  # fmt: skip
+        self._child.signal_kill()
+
+    def describe_death(self) -> HoldfastError:
+        """Why the machine is gone: exit status and the console's last lines, or what it was ended for."""
+        if self._no_space is not None:
+            return self._no_space
         status = self._child.exited.result() if self._child.exited.done() else None
         how = "was killed by signal " + str(-status) if status is not None and status < 0 else f"exited with {status}"
         if isinstance(self._agent.error, ProtocolError):
@@ -199,7 +214,7 @@ class VirtualMachine:
         # QEMU needs its time to start; importing its protocol's library meanwhile costs nothing.
         from holdfast.machine.qmp import Qmp
 
-        self._qmp = Qmp(qmp_end)
+        self._qmp = Qmp(qmp_end, self._on_no_space)
         self._agent = Connection(
             on_event=lambda name, params: self.on_event(name, params),
             on_lost=lambda: None,  # only QEMU's end closes it, and _watch says better why
@@ -219,6 +234,7 @@ async def start(
     console_log: str,
     state_fd: int = -1,
     boot_seconds: float = BOOT_SECONDS,
+    hold_fd: int = -1,
 ) -> VirtualMachine:
     """Starts a machine and waits for its agent.
 
@@ -229,6 +245,7 @@ async def start(
         console_log: file for what the guest prints.
         state_fd: saved device state to start from; -1 boots.
         boot_seconds: how long a boot may take.
+        hold_fd: a descriptor that QEMU keeps open besides: a lock that is free only when QEMU, too, is gone.
 
     Raises:
         MachineFailed: QEMU or the guest failed; carries the console's last lines.
@@ -240,7 +257,8 @@ async def start(
     with qmp_theirs, agent_theirs:
         wiring = Wiring(ram_path, ram_shared, export, FIRST_FD, FIRST_FD + 1, state_fd >= 0)
         try:
-            await machine.start(wiring, console_log, qmp_ours, agent_ours, [qmp_theirs.fileno(), agent_theirs.fileno()])
+            fds = [qmp_theirs.fileno(), agent_theirs.fileno(), *([hold_fd] if hold_fd >= 0 else [])]
+            await machine.start(wiring, console_log, qmp_ours, agent_ours, fds)
         except BaseException:
             qmp_ours.close()
             agent_ours.close()

@@ -13,7 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import HoldfastError, NotFound, ProtocolError, TimedOut, from_dict
+from holdfast.errors import NotFound, ProtocolError, TimedOut, from_dict
 from holdfast.wire.frames import CREDIT, DATA, EOF, EVENT, RESPONSE
 from holdfast.wire.mux import Mux
 
@@ -176,7 +176,8 @@ class Client:
                 del self._events[index]
                 code = int(params.get("code", -1))
                 if code < 0:
-                    raise HoldfastError("run", subject=key, why=params.get("why", ""), code="machine-died")
+                    error = params.get("error")
+                    raise from_dict(error if isinstance(error, dict) else {"what": "run", "code": "machine-died"})
                 return code
         return None
 

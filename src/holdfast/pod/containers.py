@@ -50,7 +50,7 @@ class Containers:
 
     def __init__(self, pod: str, folder: Path, machine: VirtualMachine, engine: Engine) -> None:
         self._pod = pod
-        self._ephemeral = False
+        self._last: set[str] = set()
         self._folder = folder
         self._machine = machine
         self._engine = engine
@@ -97,6 +97,8 @@ class Containers:
             del self._infos[name]
             raise
         self._specs[name] = spec
+        if request.ends_pod:
+            self._last.add(name)
         self._infos[name] = msgspec.structs.replace(self._infos[name], state="running", pid=pid)
         self._background(self._finish(name))
         return {"pid": pid, "key": name}
@@ -200,6 +202,8 @@ class Containers:
             waiters.add(process.client.lost)
         await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
         if not process.code.done() and not self._machine.died.done():  # the client is gone: so is its process
+            # Its output is read and thrown away: a process that nobody gives credit to never comes to its end.
+            process.pumps += [asyncio.ensure_future(_discard(stream)) for stream in process.streams]
             with contextlib.suppress(HoldfastError):
                 await self._machine.request("kill", {"key": key, "signal": 9}, 5)
             await self._code_or_death(process)
@@ -228,19 +232,22 @@ class Containers:
         self._infos[name] = msgspec.structs.replace(self._infos[name], state=state, code=code, why=why)
         # Who waits for the end of a container in a pod that goes on finds its storage let go of; a pod that
         # ends with its container lets go of everything at once, and need not be waited for.
-        if not self._ephemeral and not self._machine.closing:
+        if name not in self._last and not self._machine.closing:
             with contextlib.suppress(HoldfastError):  # what stays is recorded, and tried again when the pod ends
                 await self._engine.release(name)
             await self.on_released(name)
         if client is not None:
-            client.event("exit", {"key": name, "code": code, "why": why})
+            client.event("exit", self._exit_event(name, code))
+        self._specs.pop(name, None)
+
+    def _exit_event(self, key: str, code: int) -> dict[str, Any]:
+        return {"key": key, "code": code, "error": self._machine.describe_death().as_dict() if code < 0 else None}
 
     async def _end_exec(self, key: str) -> None:
         client = self._processes[key].client
         code = await self._ended(key)
         if client is not None:
-            why = self._machine.describe_death().why if code < 0 else ""
-            client.event("exit", {"key": key, "code": code, "why": why})
+            client.event("exit", self._exit_event(key, code))
 
     async def _delete(self, name: str) -> None:
         if not self._machine.died.done():
@@ -259,7 +266,7 @@ class Containers:
 
     def may_write_to_shares(self, container: str) -> bool:
         """Whether a container's own annotation lets it have writable shares."""
-        return not flag(self._specs[container].get("annotations") or {}, NO_WRITABLE_SHARES)
+        return not flag(self._specs.get(container, {}).get("annotations") or {}, NO_WRITABLE_SHARES)
 
     def check_running(self, name: str) -> None:
         """Raises if a container does not run.
@@ -329,6 +336,12 @@ async def _pump(source: Stream, target: Stream) -> None:
         while data := await source.read():
             await target.write(data)
         target.write_eof()
+
+
+async def _discard(stream: Stream) -> None:
+    with contextlib.suppress(HoldfastError):
+        while await stream.read():
+            pass
 
 
 class _Log:

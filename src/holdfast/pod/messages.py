@@ -58,6 +58,7 @@ class ContainerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         spec: the runtime-spec document.
         user: a user that only the image's own files can resolve; empty when the spec has it.
         image: for ``ps``.
+        ends_pod: the pod ends with this container, so its end need not wait for what the pod's end releases anyway.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ContainerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     user: str = ""
     image: str = ""
     stdio: Stdio = Stdio()
+    ends_pod: bool = False
 
 
 class ExecRequest(msgspec.Struct, frozen=True, omit_defaults=True):

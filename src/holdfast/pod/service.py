@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 SOCKET = "monitor.sock"
+#: How long a guest has to unmount the user's disks when its pod ends.
+_CLEAN_SECONDS = 20.0
 
 
 def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
@@ -206,10 +208,15 @@ class Service:
             with open(ram, "wb") as file:
                 file.truncate(config.memory_bytes)
             return await vm.start(
-                machine, ram_path=str(ram), ram_shared=True, export=str(self._served), console_log=console
-            )
+                machine, ram_path=str(ram), ram_shared=True, export=str(self._served), console_log=console,
+                hold_fd=self._lock_fd,
+            )  # fmt: skip
         folder, _ = await template.ensure(data, machine, say)
-        return await template.clone(folder, machine, export=str(self._served), console_log=console)
+        # The kernel closes a dead monitor's files before it kills what is in its namespace, so QEMU holds the pod's
+        # lock, too: nobody gets a lease on a disk that it can still write to.
+        return await template.clone(
+            folder, machine, export=str(self._served), console_log=console, hold_fd=self._lock_fd
+        )
 
     def _on_death(self) -> None:
         if self._config.ephemeral and not self._ending.is_set():
@@ -222,9 +229,7 @@ class Service:
         if machine is not None:
             machine.closing = True
             if not machine.died.done() and self._engine.has_writable():
-                errors += await self._release_all()
-                if errors:  # what a container kept busy is free now that it is gone
-                    errors = await self._release_all()
+                errors = await self._release_cleanly()
             await machine.close()
             if errors or self._engine.held():
                 errors = await self._release_all()
@@ -235,6 +240,16 @@ class Service:
         for mounted in (self._served, self._export):
             with contextlib.suppress(OSError):
                 syscalls.umount(str(mounted), syscalls.MNT_DETACH)
+        return errors
+
+    async def _release_cleanly(self) -> list[Exception]:
+        """Unmounts what could lose writes, within a deadline: a guest that does not answer is ended all the same."""
+        errors: list[Exception] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLEAN_SECONDS):
+                errors = await self._release_all()
+                if errors:  # what a container kept busy is free now that it is gone
+                    errors = await self._release_all()
         return errors
 
     async def _release_all(self) -> list[Exception]:

@@ -60,7 +60,7 @@ class Bundle(msgspec.Struct, frozen=True):
 
     def host_path(self, path: str) -> str:
         """``path``, which is relative to the bundle if it is not absolute (config.md, "Mounts": source)."""
-        return os.path.normpath(os.path.join(self.path, path))
+        return os.path.join(self.path, path)
 
 
 def parse_document(data: bytes, subject: object = "") -> JsonObject:

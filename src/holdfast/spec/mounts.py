@@ -8,7 +8,6 @@ what a ``volume`` or ``image`` is, storage decides.
 from __future__ import annotations
 
 import os
-import posixpath
 from typing import TYPE_CHECKING
 
 from holdfast.errors import InvalidInput
@@ -201,7 +200,12 @@ def _source(kind: str, source: str, cwd: str, subject: str) -> str:
         return source
     if not source:
         raise _wrong(subject, "no source", f"say what to mount: src={'IMAGE' if kind == 'image' else 'PATH'}")
-    return source if kind == "image" else posixpath.normpath(os.path.join(cwd, source))
+    return source if kind == "image" else _absolute(cwd, source)
+
+
+def _absolute(cwd: str, path: str) -> str:
+    """``path`` below ``cwd``, without what means nothing; ``..`` stays, for only the kernel knows where a link leads."""
+    return "/" + "/".join(part for part in os.path.join(cwd, path).split("/") if part not in ("", "."))
 
 
 def _options(kind: str, keys: dict[str, str], subject: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from holdfast.errors import GuestFailed, InUse
+from holdfast.errors import GuestFailed, HoldfastError, InUse
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.attachments import (
     GUEST_SECONDS,
@@ -148,6 +148,11 @@ class DiskMounts:
             if not isinstance(answer, dict) or answer.get("path") != path:
                 raise GuestFailed("mount disk", subject=attachment.disk.path, why="the guest answered with nonsense")
         except BaseException as error:
+            if isinstance(error, HoldfastError) and error.code == "path-in-use":  # somebody else's is there, and stays
+                self._paths.pop(path, None)
+                raise
+            if isinstance(error, GuestFailed):  # the guest knows its own name of the disk only
+                error.subject = f"{attachment.disk.path} ({error.subject})"
             # It may be mounted all the same: the answer may be what went wrong.
             undo = Undo()
             undo.push("unmount disk", lambda: self._unmount(key, mount))

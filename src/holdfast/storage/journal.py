@@ -125,7 +125,7 @@ class Journal:
         """Whether the pod's monitor lives: it holds the pod's lock."""
         try:
             fd = os.open(self.pods_folder / pod / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         try:
             # Shared, so that two who ask at the same time do not take each other for the monitor.
@@ -157,7 +157,7 @@ class Journal:
         while True:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):  # any other error says nothing about the pod
                 self.forget_pod(name)
                 return True
             try:

@@ -282,6 +282,9 @@ class Connection(asyncio.Protocol):
 
     def _dispatch(self, incoming: Incoming) -> None:
         kind, channel = incoming.kind, incoming.channel
+        if self._on_request is None and kind in (REQUEST, CANCEL, SYNC):
+            # Whoever serves nothing answers nothing: a guest could have answers pile up that it never reads.
+            raise ProtocolError("read message", why="the peer asks, and only answers are expected of it")
         if kind == RESPONSE:
             self._answered(channel, incoming.body)
         elif kind in (DATA, EOF, CREDIT):
