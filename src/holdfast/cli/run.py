@@ -48,7 +48,7 @@ def _run_detached(
 ) -> int:
     if command.pod is not None:
         _start(line, pod_name, request)
-        output.line(f"{pod_name}/{request.name}")
+        _say_started(output, line, f"{pod_name}/{request.name}", pod_name, request.name)
         return 0
     with api.Pod(pod_name, root=line.root, data=line.data, say=output.say, detached=True, **arguments) as pod:
         try:
@@ -56,8 +56,15 @@ def _run_detached(
         except BaseException:  # nobody else knows of the pod yet
             pod.remove()
             raise
-    output.line(pod_name)
+    _say_started(output, line, pod_name, pod_name, request.name)
     return 0
+
+
+def _say_started(output: Output, line: CommandLine, text: str, pod: str, container: str) -> None:
+    if line.json:
+        output.data({"pod": pod, "container": container})
+    else:
+        output.line(text)
 
 
 def _start(line: CommandLine, pod: str, request: ContainerRequest) -> None:

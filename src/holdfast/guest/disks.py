@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from holdfast.guest.loop import Task
 
-#: PCI device numbers of SCSI controllers 0 to 3 on bus 0; machine/qemu.py plugs them in there.
+#: PCI device numbers of SCSI controllers 0 to 3 on bus 0; machine/config.py plugs them in there.
 CONTROLLER_PCI_SLOTS = (0x10, 0x11, 0x12, 0x13)
 _POLL_SECONDS = 0.002
 _PARTITION_SECONDS = 2.0

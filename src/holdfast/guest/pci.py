@@ -19,7 +19,10 @@ _PCI = "/sys/bus/pci/devices"
 _PORT_SLOT, _PORTS = 0x8, 8
 _POLL_SECONDS = 0.01
 #: The kernel probes a function in the moment in which it comes; what a driver does later is waited for so long.
-_SETTLE_SECONDS = 0.1
+_SETTLE_SECONDS = 0.15
+#: How long a function that has made no node yet may take to make its first: drivers bind one after the other, and
+#: an emulated processor takes its time.  A function without a driver makes none, and is waited for as long.
+_FIRST_NODE_SECONDS = 2.0
 _MOST_DEPTH, _MOST_NODES = 8, 64
 
 
@@ -41,7 +44,7 @@ def add(settings: dict[str, Any]) -> Task:
     folder = f"{folder}/{addresses[0]}"
     nodes: list[dict[str, Any]] = []
     since = monotonic()
-    while monotonic() - since < _SETTLE_SECONDS:
+    while monotonic() - since < (_SETTLE_SECONDS if nodes else _FIRST_NODE_SECONDS):
         found = nodes_below(folder)
         if found != nodes:
             nodes, since = found, monotonic()

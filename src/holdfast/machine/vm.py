@@ -152,10 +152,6 @@ class VirtualMachine:
 
     # -- life ---------------------------------------------------------------------------------
 
-    async def stop_processors(self) -> None:
-        """Pauses the guest."""
-        await self._qmp.execute("stop", {})
-
     async def close(self) -> None:
         """Kills QEMU and frees everything; a second call does nothing."""
         self.closing = True

@@ -27,6 +27,7 @@ class Attached:
         self.guest_path = guest_path
         self.container = container
         self.destination = destination
+        self.leaving = False
 
 
 class HotAttach:
@@ -109,10 +110,14 @@ class HotAttach:
             here = (one.container, one.destination) == (container, clean_path(path)) if container else (
                 one.guest_path == path
             )  # fmt: skip
-            if here:
-                if one.container:  # first, and alone: as long as this fails, nothing else is touched
-                    await self._unbind(holder)
-                await self._engine.release(holder)
+            if here and not one.leaving:  # of two that detach at once, each lets go of one
+                one.leaving = True
+                try:
+                    if one.container:  # first, and alone: as long as this fails, nothing else is touched
+                        await self._unbind(holder)
+                    await self._engine.release(holder)
+                finally:
+                    one.leaving = False
                 self._attached.pop(holder, None)
                 return
         raise NotFound("detach", subject=path, why="nothing was attached there", code="not-attached")

@@ -31,6 +31,8 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 #: sun_path holds 108 bytes (unix(7)); what is left for the state root and the pod's name.
 _SOCKET_PATH_BYTES = 107
 
+_TRIES = 5
+
 _START = "import sys; sys.path[:] = {path!r}; from holdfast.pod.monitor import main; main()"
 
 
@@ -84,10 +86,19 @@ def launch(request: PodRequest) -> Client:
 
 
 def _reserve(journal: Journal, folder: Path) -> int:
-    """Makes the pod's folder with its lock held in it from the first moment; returns the lock's descriptor.
+    """Makes the pod's folder with its lock held in it from the first moment; returns the lock's descriptor."""
+    for attempt in range(_TRIES):
+        try:
+            return _try_to_reserve(journal, folder)
+        except (FileNotFoundError, BlockingIOError):
+            # A collector has come between making the new folder and locking it, and took it for one left behind.
+            if attempt == _TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
 
-    It is made under another name and renamed: rename(2) replaces no folder that has something in it.
-    """
+
+def _try_to_reserve(journal: Journal, folder: Path) -> int:
+    """It is made under another name and renamed: rename(2) replaces no folder that has something in it."""
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     lock_fd = os.open(new / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

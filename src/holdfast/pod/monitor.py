@@ -18,7 +18,7 @@ def main() -> NoReturn:
     """Entry point: ``argv[1]`` is a :class:`PodRequest`, ``argv[2]`` the lock's and ``argv[3]`` the first client's fd.
 
     Becomes a daemon by the fork that the PID namespace needs anyway: the child is its first process, and
-    the parent writes the child's number, as the host sees it, to the first client and exits.
+    the parent tells it its number, as the host sees it, and exits.
     """
     from holdfast.linux import syscalls
 

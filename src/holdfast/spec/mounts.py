@@ -204,7 +204,7 @@ def _source(kind: str, source: str, cwd: str, subject: str) -> str:
 
 
 def _absolute(cwd: str, path: str) -> str:
-    """``path`` below ``cwd``, without what means nothing; ``..`` stays, for only the kernel knows where a link leads."""
+    """``path`` below ``cwd``, without what means nothing; ``..`` stays: only the kernel knows where a link leads."""
     return "/" + "/".join(part for part in os.path.join(cwd, path).split("/") if part not in ("", "."))
 
 
