@@ -1,0 +1,61 @@
+"""Defects that an attack on the finished code has found, each with the test that would have."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import holdfast
+from holdfast.errors import HoldfastError
+from holdfast.spec.mounts import parse_mount
+from tests.images import make_disk
+from tests.vm.support import assert_holds_nothing, output, sh, start
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_flood_whose_client_is_gone_comes_to_its_end(pod):
+    """Nobody gives the process's output credit any more, and still its end must be reported and its storage freed."""
+    session = start(pod, "while :; do echo flood flood flood flood flood; done", name="flood")
+    with session:
+        session.wait_for(b"flood")
+    # The name is free again only when everything of the first container has been let go of.
+    assert pod.wait("flood") in (137, 255, 0, -1)
+    assert output(sh(pod, "echo after")) == "after\n"
+
+
+def test_two_that_detach_at_once(pod, tmp_path):
+    """Each lets go of one attachment; none fails, and none is left."""
+    disk = make_disk(tmp_path / "disk", "ext4", size="16M")
+    paths = {pod.attach(f"type=disk,src={disk}") for _ in range(4)}
+    assert len(paths) == 1
+    [path] = paths
+    errors: list[HoldfastError] = []
+
+    def detach() -> None:
+        try:
+            with holdfast.Pod.open(pod.name, root=pod.root, data=pod.data) as other:
+                other.detach(path)
+        except HoldfastError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=detach) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert_holds_nothing(pod)
+
+
+def test_dots_after_a_link_are_the_kernels_to_resolve(shared_pod, tmp_path: Path):
+    """``link/../name`` lies beside what the link leads to, not beside the link."""
+    (tmp_path / "deep/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/inner")
+    (tmp_path / "name").write_text("wrong\n")
+    (tmp_path / "deep/name").write_text("right\n")
+    source = f"{tmp_path}/link/../name"
+    assert os.path.samefile(parse_mount(f"type=bind,src={source},dst=/t", cwd="/")["source"], tmp_path / "deep/name")
+    assert output(sh(shared_pod, "cat /t", mounts=[f"type=bind,src={source},dst=/t"])) == "right\n"
