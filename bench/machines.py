@@ -204,14 +204,17 @@ def busybox_image(bench: Bench) -> str:
 
 
 def image_import() -> None:
-    """Another program measures the import beside ``umoci unpack``; its lines are ours."""
+    """Another program measures the import beside ``umoci unpack``."""
     done = subprocess.run(
         [sys.executable, str(HERE / "image_import.py")], stdout=subprocess.PIPE, text=True, check=False
     )
     for line in done.stdout.splitlines():
         if line.startswith("{"):
-            RESULTS.append(json.loads(line))
-            print(line, flush=True)
+            found = json.loads(line)
+            report(
+                f"image import, {found['layers']} layer(s)", found["import_median_s"] * 1000, "ms",
+                umoci_unpack=found["umoci_unpack_median_s"] * 1000, ratio=found["ratio"], limit="1.0 times umoci unpack",
+            )  # fmt: skip
 
 
 def table() -> None:
