@@ -213,7 +213,7 @@ def image_import() -> None:
             found = json.loads(line)
             report(
                 f"image import, {found['layers']} layer(s)", found["import_median_s"] * 1000, "ms",
-                umoci_unpack=found["umoci_unpack_median_s"] * 1000, ratio=found["ratio"], limit="1.0 times umoci unpack",
+                umoci_unpack=found["umoci_unpack_median_s"] * 1000, ratio=found["ratio"], limit="1 times umoci unpack",
             )  # fmt: skip
 
 
