@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.cli import output as shown
-from holdfast.errors import HoldfastError
 from holdfast.image.store import ImageStore
 
 if TYPE_CHECKING:
@@ -92,24 +91,7 @@ def _describe(layer: Layer) -> str:
 def remove(command: ImageRemoveOptions, line: CommandLine, output: Output) -> int:
     """``image remove``: the layers of running pods stay; goes on past one that fails."""
     store = _store(line)
-    errors: list[HoldfastError] = []
-    removed: list[str] = []
-    for name in command.names:
-        try:
-            store.remove(name)
-            removed.append(name)
-        except HoldfastError as error:
-            errors.append(error)
-    if errors:
-        first, *others = errors
-        first.causes = (*first.causes, *others)
-        raise first
-    if output.json:
-        output.data({"removed": removed})
-    else:
-        for name in removed:
-            output.line(name)
-    return 0
+    return shown.remove_each(command.names, store.remove, output)
 
 
 def _store(line: CommandLine) -> ImageStore:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import from_exception
+from holdfast.errors import HoldfastError, from_exception
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import TextIO
 
 BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
@@ -178,3 +178,29 @@ def _to_stderr(text: str) -> None:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def remove_each(names: Sequence[str], remove: Callable[[str], object], output: Output) -> int:
+    """Removes several things, going on past one that fails, and prints those that are gone.
+
+    Raises:
+        HoldfastError: the first failure; the others are among its causes.
+    """
+    errors: list[HoldfastError] = []
+    removed: list[str] = []
+    for name in names:
+        try:
+            remove(name)
+            removed.append(name)
+        except HoldfastError as error:
+            errors.append(error)
+    if errors:
+        first, *others = errors
+        first.causes = (*first.causes, *others)
+        raise first
+    if output.json:
+        output.data({"removed": removed})
+    else:
+        for name in removed:
+            output.line(name)
+    return 0

@@ -141,24 +141,7 @@ def inspect(command: PodInspectOptions, line: CommandLine, output: Output) -> in
 
 def remove(command: PodRemoveOptions, line: CommandLine, output: Output) -> int:
     """``pod remove``: ends pods; goes on past one that fails, and then fails with its error."""
-    errors: list[HoldfastError] = []
-    removed: list[str] = []
-    for name in command.pods:
-        try:
-            _remove(name, line, force=command.force)
-            removed.append(name)
-        except HoldfastError as error:
-            errors.append(error)
-    if errors:
-        first, *others = errors
-        first.causes = (*first.causes, *others)
-        raise first
-    if output.json:
-        output.data({"removed": removed})
-    else:
-        for name in removed:
-            output.line(name)
-    return 0
+    return shown.remove_each(command.pods, lambda name: _remove(name, line, force=command.force), output)
 
 
 def _remove(name: str, line: CommandLine, *, force: bool) -> None:
