@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONTROLLER_PCI_SLOTS = (0x10, 0x11, 0x12, 0x13)
 _POLL_SECONDS = 0.002
 _PARTITION_SECONDS = 2.0
+_BUSY_SECONDS = 0.5
 _hosts: dict[int, int] = {}
 
 
@@ -103,11 +104,12 @@ def _openable(disk: str, folder: str, partition: int) -> str:
     return f"/dev/{name}"
 
 
-def prove_unused(controller: int, lun: int, partition: int = 0) -> None:
-    """Checks that no filesystem of the disk is mounted anywhere in the guest any more.
+def prove_unused(controller: int, lun: int, partition: int = 0) -> Task:
+    """Task: checks that no filesystem of the disk is mounted anywhere in the guest any more.
 
     An exclusive open of a block device fails with EBUSY as long as a superblock holds it (open(2)); a
-    lazily unmounted filesystem that somebody still uses is caught here, where umount was content.
+    lazily unmounted filesystem that somebody still uses is caught here, where umount was content.  So does
+    the kernel's own look for partitions at a disk that has just come, which is waited out.
 
     Raises:
         NotReleased: something still uses it.
@@ -116,19 +118,28 @@ def prove_unused(controller: int, lun: int, partition: int = 0) -> None:
         names = os.listdir(sysfs_path(controller, lun) + "/block")
     except FileNotFoundError:
         return
+    started = monotonic()
     for disk in names:
         name = f"{disk}{partition}" if partition else disk
-        try:
-            os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise NotReleased(
-                "unmount disk", subject=f"{controller}:{lun}", why="the guest still uses it", code="disk-busy",
-                hint="end the processes that have files open on it, then detach again",
-            ) from None  # fmt: skip
+        while _is_busy(f"/dev/{name}"):
+            if monotonic() - started > _BUSY_SECONDS:
+                raise NotReleased(
+                    "unmount disk", subject=f"{controller}:{lun}", why="the guest still uses it", code="disk-busy",
+                    hint="end the processes that have files open on it, then detach again",
+                )  # fmt: skip
+            yield sleep(_POLL_SECONDS)
+
+
+def _is_busy(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return True
+    return False
 
 
 def rescan(controller: int, lun: int) -> None:
@@ -170,7 +181,7 @@ def _open_devices(pid: str) -> set[int]:
 
 def eject(controller: int, lun: int) -> Task:
     """Task: tells the guest's kernel to let go of the disk and waits until it has; already gone is success."""
-    prove_unused(controller, lun)
+    yield from prove_unused(controller, lun)
     folder = sysfs_path(controller, lun)
     try:
         with open(f"{folder}/delete", "w") as file:

@@ -204,7 +204,7 @@ def _remove_disk(settings: dict[str, Any]) -> Task:
     _disks.pop(target, None)
     # Another mount of the same disk uses it rightly; the last one to go, and the eject, find out what is wrong.
     if not any(other[:2] == place[:2] and (other[2] == place[2] or not place[2]) for other in _disks.values()):
-        disks.prove_unused(*place)
+        yield from disks.prove_unused(*place)
     return {}
 
 
