@@ -133,12 +133,11 @@ def prove_unused(controller: int, lun: int, partition: int = 0) -> Task:
 def _is_busy(device: str) -> bool:
     try:
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except FileNotFoundError:
-        return False
     except OSError as error:
-        if error.errno != errno.EBUSY:
+        # What cannot be opened yet, or no more, nobody has mounted.
+        if error.errno not in (errno.EBUSY, errno.ENOENT, errno.ENXIO):
             raise
-        return True
+        return error.errno == errno.EBUSY
     return False
 
 
