@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMAND_SECONDS = 10.0
+#: From the end of the connection to that of the process.
+_DEATH_SECONDS = 2.0
 
 
 class Qmp:
@@ -72,7 +74,7 @@ class Qmp:
                 raise Exhausted(f"QEMU {command}", why=text, code="disk-full") from None
             raise MachineFailed(f"QEMU {command}", why=text, code="qemu-refused") from None
         except QMPError as error:
-            raise self._error or MachineFailed(f"QEMU {command}", why=error, code="machine-died") from None
+            raise await self._lost(command, error) from None
 
     async def execute_if_there(self, command: str, arguments: dict[str, Any]) -> None:
         """Runs a command that removes something; that it is not there any more is success."""
@@ -86,16 +88,27 @@ class Qmp:
     async def add_fd(self, fdset: int, fd: int) -> int:
         """Gives QEMU a descriptor as ``/dev/fdset/<fdset>``; ours stays open.  Returns its number in QEMU."""
         async with self._lock:
-            if self._error is not None:
-                raise self._error
-            self._client.send_fd_scm(fd)
+            await self._send_fd("add-fd", fd)
             return int((await self._execute("add-fd", {"fdset-id": fdset}))["fd"])
 
     async def get_fd(self, name: str, fd: int) -> None:
         """Gives QEMU a descriptor under a name, for one later command."""
         async with self._lock:
-            self._client.send_fd_scm(fd)
+            await self._send_fd("getfd", fd)
             await self._execute("getfd", {"fdname": name})
+
+    async def _send_fd(self, command: str, fd: int) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise await self._lost(command, error) from None
+
+    async def _lost(self, command: str, error: Exception) -> HoldfastError:
+        """Why the connection has ended: QEMU has, which is known only a moment later, and then to everybody at once."""
+        await asyncio.wait({self._failed}, timeout=_DEATH_SECONDS)
+        return self._error or MachineFailed(f"QEMU {command}", why=error, code="machine-died")
 
     async def delete_device(self, device: str, seconds: float) -> None:
         """Removes a device and waits until QEMU says that it is gone; one that is not there is success.
