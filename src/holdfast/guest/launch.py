@@ -38,6 +38,15 @@ def load_modules(listing: str) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
 
 
+def load_on_demand(module: str) -> bool:
+    """Loads a module that few pods need; False if there is nothing to load: it is built in, or the guest has none."""
+    listing = f"{HOME}/modules.d/{module}"
+    if not os.path.exists(listing):
+        return False
+    load_modules(listing)
+    return True
+
+
 def main() -> None:
     """Run as PID 1.  An error ends it, and with it, by a panic, the machine."""
     load_modules(f"{HOME}/modules.list")

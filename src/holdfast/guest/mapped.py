@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 
-from holdfast.errors import GuestFailed, InUse, InvalidInput, NotReleased, TimedOut, Unsupported
+from holdfast.errors import Corrupt, GuestFailed, InUse, InvalidInput, NotReleased, TimedOut, Unsupported
 from holdfast.guest import dm
+from holdfast.guest.launch import load_on_demand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def verity(mount_point: str, device: str, info: dict[str, Any], place: tuple[int
     number = os.stat(device).st_rdev
     root, table = verity_table(f"{os.major(number)}:{os.minor(number)}", info)
     yield from _free(mount_point)
-    _load("dm_verity")
+    load_on_demand("dm_verity")
     name = f"dm-verity-scsi-contr{place[0]}-lun{place[1]}-p{place[2]}-{root}"
     _held[mount_point] = name
     return (yield from dm.create(name, table, read_only=True))
@@ -77,6 +78,19 @@ def verity_table(node: str, info: dict[str, Any]) -> tuple[str, bytes]:
     return root, dm.target("verity", size // dm.SECTOR, parameters)
 
 
+def blame_contents(what: str, device: str, error: BaseException) -> None:
+    """Says that a verified disk is not what it was, if that is what an error is about.
+
+    Raises:
+        Corrupt: it is: dm-verity gives EIO for a block that has changed, and E2BIG for a disk that is too small.
+    """
+    if any(getattr(error, "errno", 0) == e or f"(errno {e})" in str(error) for e in (errno.EIO, errno.E2BIG)):
+        raise Corrupt(
+            what, subject=device, why=f"it does not hold what its root hash says: {error}", code="verity-failed",
+            hint="import the image again",
+        ) from None  # fmt: skip
+
+
 def _is_hex(text: object) -> bool:
     return isinstance(text, str) and bool(text) and _HEX.issuperset(text)
 
@@ -93,9 +107,9 @@ def encrypted(mount_point: str, device: str, children: Children, place: tuple[in
         raise Unsupported("encrypt disk", subject=device, why="the guest has no cryptsetup", code="no-cryptsetup")
     _check_blank(device)
     yield from _free(mount_point)
-    _load("dm_crypt")
+    load_on_demand("dm_crypt")
     try:
-        _load("aesni_intel")  # twice as fast under emulation, more so without
+        load_on_demand("aesni_intel")  # twice as fast under emulation, more so without
     except OSError as error:
         if error.errno != errno.ENODEV:  # a processor that has no such instructions
             raise
@@ -147,14 +161,6 @@ def _forget(mount_point: str, name: str) -> None:
         os.unlink(f"{_FOLDER}/{name}")  # cryptsetup makes one; the kernel's own is /dev/dm-<n>
     except FileNotFoundError:
         return
-
-
-def _load(module: str) -> None:
-    from holdfast.guest.launch import HOME, load_modules
-
-    listing = f"{HOME}/modules.d/{module}"
-    if os.path.exists(listing):  # else it is built in, or the kernel will say that it has none
-        load_modules(listing)
 
 
 def _check_blank(device: str) -> None:

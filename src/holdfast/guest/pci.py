@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from holdfast.guest.children import Children
     from holdfast.guest.loop import Task
 
 _PCI = "/sys/bus/pci/devices"
@@ -26,7 +27,7 @@ _FIRST_NODE_SECONDS = 2.0
 _MOST_DEPTH, _MOST_NODES = 8, 64
 
 
-def add(settings: dict[str, Any]) -> Task:
+def add(settings: dict[str, Any], _children: Children) -> Task:
     """Task: waits for the function; returns ``{"address", "driver", "nodes"}``, a node with path, type and numbers."""
     port = settings.get("Port", 0)
     if not isinstance(port, int) or not 0 <= port < _PORTS:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import errno
 import os
 
-from holdfast.errors import Corrupt, GuestFailed, InvalidInput, TimedOut
-from holdfast.guest import dm
+from holdfast.errors import GuestFailed, InvalidInput, TimedOut
+from holdfast.guest import dm, mapped, mounting
+from holdfast.guest import settings as settings_of
+from holdfast.guest.launch import load_on_demand
 from holdfast.guest.loop import sleep
 from holdfast.linux import syscalls
+from holdfast.mounts.probe import NO_REPLAY
 from holdfast.mounts.unmount import remove_mount_point, unmount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from holdfast.guest.children import Children
     from holdfast.guest.loop import Task
 
 #: Where the bridges are on bus 0, and how many devices each has: machine/ports.py.
@@ -30,19 +34,15 @@ _PAGE = 4096
 _held: dict[str, list[str]] = {}
 
 
-def add(settings: dict[str, Any]) -> Task:
+def add(settings: dict[str, Any], _children: Children) -> Task:
     """Task: mounts a layer; returns ``{"path", "device", "dax"}``."""
-    from holdfast.guest import storage
-
-    number, target = _number(settings, "DeviceNumber"), settings.get("MountPath")
+    number, target = settings_of.number(settings, "DeviceNumber"), settings_of.path(settings, "MountPath")
     mapping: Any = settings.get("MappingInfo") or {}
     info: Any = settings.get("VerityInfo")
-    if not isinstance(target, str) or not target.startswith("/") or "/../" in target + "/" or "\0" in target:
-        raise InvalidInput("read request", subject="MountPath", why="not an absolute, clean path")
     if not isinstance(mapping, dict) or not isinstance(info or {}, dict):
         raise InvalidInput("read request", subject=target, why="MappingInfo or VerityInfo is not an object")
-    place = (_number(mapping, "DeviceOffsetInBytes"), _number(mapping, "DeviceSizeInBytes"))
-    _load("virtio_pmem")
+    place = (settings_of.number(mapping, "DeviceOffsetInBytes"), settings_of.number(mapping, "DeviceSizeInBytes"))
+    load_on_demand("virtio_pmem")
     device = yield from wait_for_device(number)
     yield from _release(target)
     made: list[str] = []
@@ -52,21 +52,18 @@ def add(settings: dict[str, Any]) -> Task:
         if info:
             device = yield from _verity(number, device, info, made)
         _held[target] = made
-        dax = _mount(target, device, bool(info) or bool(settings.get("NoDax")), storage)
+        dax = _mount(target, device, bool(info) or bool(settings.get("NoDax")))
     except BaseException as error:
         _give_up(target, made)
-        if info and _is_io_error(error):
-            raise Corrupt(
-                "mount layer", subject=device, why=f"it does not hold what its root hash says: {error}",
-                hint="import the image again", code="verity-failed",
-            ) from None  # fmt: skip
+        if info:
+            mapped.blame_contents("mount layer", device, error)
         raise
     return {"path": target, "device": device, "dax": dax}
 
 
-def remove(settings: dict[str, Any]) -> Task:
+def remove(settings: dict[str, Any], _children: Children) -> Task:
     """Task: unmounts a layer and takes its mapping away; already gone is success."""
-    target = str(settings.get("MountPath") or "")
+    target = settings_of.path(settings, "MountPath")
     unmount(target)
     yield from _release(target)
     remove_mount_point(target)
@@ -114,7 +111,7 @@ def _linear(number: int, device: str, place: tuple[int, int], made: list[str]) -
     offset, size = place
     if offset % _PAGE or size % _PAGE or not size:
         raise InvalidInput("map layer", subject=device, why=f"{size} bytes at {offset}: not whole pages")
-    _load("dm_mod")
+    load_on_demand("dm_mod")
     name = f"dm-linear-pmem{number}-{offset}-{size}"
     made.append(name)
     table = dm.target("linear", size // dm.SECTOR, f"{_node(device)} {offset // dm.SECTOR}")
@@ -122,10 +119,8 @@ def _linear(number: int, device: str, place: tuple[int, int], made: list[str]) -
 
 
 def _verity(number: int, device: str, info: dict[str, Any], made: list[str]) -> Task:
-    from holdfast.guest.mapped import verity_table
-
-    _load("dm_verity")
-    root, table = verity_table(_node(device), info)
+    load_on_demand("dm_verity")
+    root, table = mapped.verity_table(_node(device), info)
     name = f"dm-verity-pmem{number}-{root}"
     made.append(name)
     return (yield from dm.create(name, table, read_only=True))
@@ -136,27 +131,20 @@ def _node(device: str) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def _mount(target: str, device: str, no_dax: bool, storage: Any) -> bool:
+def _mount(target: str, device: str, no_dax: bool) -> bool:
     """Mounts, and says whether files are mapped from the device itself.
 
     A filesystem that cannot do that is free to refuse the option, or to go on without and say so in the mount table.
     """
-    fstype = storage._filesystem(device, "")
-    made = storage._make_mount_point(target)
-    try:
+    fstype = mounting.filesystem_of(device)
+    with mounting.NewMount(target):
         if not no_dax:
             try:
-                storage._mount(device, target, fstype, syscalls.MS_RDONLY, "dax")
-            except GuestFailed:
-                no_dax = True
-            else:
+                mounting.mount(device, target, fstype, syscalls.MS_RDONLY, "dax")
                 return _is_dax(target)
-        storage._mount(device, target, fstype, syscalls.MS_RDONLY, storage.NO_REPLAY.get(fstype, ""))
-    except BaseException:
-        unmount(target)
-        if made:
-            remove_mount_point(target)
-        raise
+            except GuestFailed:  # without, then
+                pass
+        mounting.mount(device, target, fstype, syscalls.MS_RDONLY, NO_REPLAY.get(fstype, ""))
     return False
 
 
@@ -185,22 +173,3 @@ def _give_up(target: str, made: list[str]) -> None:
         _held[target] = made
     else:
         _held.pop(target, None)
-
-
-def _is_io_error(error: BaseException) -> bool:
-    return getattr(error, "errno", 0) == errno.EIO or f"(errno {errno.EIO})" in str(error)
-
-
-def _load(module: str) -> None:
-    from holdfast.guest.launch import HOME, load_modules
-
-    listing = f"{HOME}/modules.d/{module}"
-    if os.path.exists(listing):  # else it is built in, or the kernel will say that it has none
-        load_modules(listing)
-
-
-def _number(settings: dict[str, Any], key: str) -> int:
-    value = settings.get(key, 0)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidInput("read request", subject=key, why="not a number")
-    return value

@@ -1,0 +1,109 @@
+"""Mounting in the guest: a mount point that is unmade if anything fails, and errors that say what was mounted."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from holdfast.errors import GuestFailed, InUse, Unsupported
+from holdfast.guest.launch import load_on_demand
+from holdfast.linux import syscalls
+from holdfast.mounts.probe import probe_filesystem
+from holdfast.mounts.unmount import remove_mount_point, unmount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+#: Filesystem -> the module that has it, where that is called otherwise.
+_MODULES = {"iso9660": "isofs"}
+
+
+class NewMount:
+    """A mount point in the making, for ``with``: on an error what is mounted there goes again, and what was made.
+
+    Raises:
+        InUse: something is mounted there already, or a link to a device is there.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._made = False
+
+    def __enter__(self) -> NewMount:
+        if os.path.ismount(self.target) or os.path.islink(self.target):
+            raise InUse("mount", subject=self.target, why="something else is mounted there", code="path-in-use")
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        try:
+            os.mkdir(self.target, 0o755)
+            self._made = True
+        except FileExistsError:
+            self._made = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            unmount(self.target)
+            if self._made:
+                remove_mount_point(self.target)
+
+
+def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+    """Mounts, loading the filesystem's module if it is one that few pods need.
+
+    Raises:
+        Unsupported: the guest's kernel does not know the filesystem.
+        GuestFailed: it refuses; with its own text.
+    """
+    try:
+        try:
+            syscalls.mount(source, target, fstype, flags, data)
+        except OSError as error:
+            if error.errno != errno.ENODEV or not load_on_demand(_MODULES.get(fstype, fstype)):
+                raise
+            syscalls.mount(source, target, fstype, flags, data)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            raise Unsupported(
+                "mount", subject=f"{source} as {fstype}", why="the guest's kernel does not know this filesystem",
+                code="filesystem-unsupported",
+            ) from None  # fmt: skip
+        raise GuestFailed("mount", subject=f"{source} as {fstype}", why=error, code="mount-failed") from None
+
+
+def bind(source: str, target: str, *, read_only: bool) -> None:
+    """Binds one path to another.
+
+    Raises:
+        GuestFailed: the kernel refused it.
+    """
+    try:
+        syscalls.mount(source, target, "", syscalls.MS_BIND)
+        if read_only:  # MS_BIND ignores MS_RDONLY the first time: mount(2)
+            syscalls.mount("none", target, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+    except OSError as error:
+        raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
+
+
+def filesystem_of(device: str, asked: str = "") -> str:
+    """The filesystem on a device, which must be ``asked`` if that is given.
+
+    Raises:
+        GuestFailed: it holds another, or none that can be mounted.
+    """
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = probe_filesystem(fd)
+    finally:
+        os.close(fd)
+    if asked and found and asked != found:
+        raise GuestFailed("mount disk", subject=device, why=f"it holds {found}, not {asked}", code="wrong-filesystem")
+    if found in ("luks", "swap") or not found:
+        raise GuestFailed(
+            "mount disk", subject=device, code="no-filesystem",
+            why=f"it holds {found}, which cannot be mounted" if found else "no known filesystem on it",
+            hint="make one with mkfs; Holdfast never formats a disk that it did not make",
+        )  # fmt: skip
+    return found
