@@ -186,7 +186,8 @@ def test_a_terminal(pod, terminal):
         set_size(person, 44, 99)
         os.write(person, b"until test \"`stty size`\" = '44 99'; do sleep 0.05; done; echo si''zed\n")
         command.wait_for(b"sized\r\n", person)
-        os.write(person, b"echo star''ted; sleep 1000\n")
+        # Said by the job itself: by then it is what Ctrl-C goes to, and no longer the shell.
+        os.write(person, b"sh -c 'echo star\"\"ted; exec sleep 1000'\n")
         command.wait_for(b"started\r\n", person)
         os.write(person, b"\x03")
         os.write(person, b"echo status=$?\n")
