@@ -4,7 +4,9 @@
 
 # Options for pytest, e.g. make test-unit ARGS='-k journal -x'
 ARGS ?=
-PYTEST = .venv/bin/python -m pytest $(ARGS)
+# As many at once as there are processors, whole files: what they share (a module's pod) is made once.
+JOBS ?= auto
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
