@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from holdfast.errors import InUse, InvalidInput, NotReleased, Unsupported
+from holdfast.errors import InUse, InvalidInput, NotReleased
 from holdfast.guest import mounting
 from holdfast.guest import settings as settings_of
 from holdfast.linux import syscalls
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from holdfast.guest.children import Children
     from holdfast.guest.loop import Task
 
+_PAGE = 4096
+_LINKS = "/run/overlay-links"
 #: Root filesystem -> the folder that was made for what is written to it, and goes with it.
 _folders: dict[str, str] = {}
 
@@ -49,19 +51,40 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
 
 
 def _overlay(layers: list[str], scratch: str, target: str, flags: int) -> None:
-    """Mounts the layers, the first on top.  Option data holds one page, so names are relative to the layers' folder."""
+    """Mounts the layers, the first on top.
+
+    Option data holds one page (mount(2)), so names are relative to the layers' folder.  Where that is still too long,
+    they are links with numbers for names: overlayfs follows them, on every kernel, while one option for each layer
+    (``lowerdir+``) needs Linux 6.8.
+    """
     folder = os.path.commonpath([os.path.dirname(layer) for layer in layers])
-    lower = ":".join(_escape(os.path.relpath(layer, folder)) for layer in layers)
-    data = f"lowerdir={lower}"
+    names = [os.path.relpath(layer, folder) for layer in layers]
+    above = ""
     if scratch:
         upper, work = f"{scratch}/upper", f"{scratch}/work"
         os.makedirs(upper, 0o755, exist_ok=True)
         os.makedirs(work, 0o755, exist_ok=True)
-        data += f",upperdir={_escape(upper)},workdir={_escape(work)}"
-    if len(data) >= 4096:
-        raise Unsupported(
-            "combine layers", subject=target, why=f"{len(layers)} layers need more than one page of options"
-        )
+        above = f",upperdir={_escape(upper)},workdir={_escape(work)}"
+    if len(_lower(names) + above) < _PAGE:
+        _mount_in(folder, target, flags, _lower(names) + above)
+        return
+    os.mkdir(_LINKS, 0o700)
+    numbers = [str(number) for number in range(len(layers))]
+    try:
+        for number, layer in zip(numbers, layers, strict=True):
+            os.symlink(layer, f"{_LINKS}/{number}")
+        _mount_in(_LINKS, target, flags, _lower(numbers) + above)
+    finally:
+        for number in os.listdir(_LINKS):
+            os.unlink(f"{_LINKS}/{number}")
+        os.rmdir(_LINKS)
+
+
+def _lower(names: list[str]) -> str:
+    return "lowerdir=" + ":".join(map(_escape, names))
+
+
+def _mount_in(folder: str, target: str, flags: int, data: str) -> None:
     here = os.open(".", os.O_PATH | os.O_CLOEXEC)
     try:
         os.chdir(folder)
