@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Types that only a later stage of the plan could resolve.
 _NOT_YET = frozenset({"volume", "image"})
+#: OVL_MAX_STACK of fs/overlayfs.
+MOST_LAYERS = 500
 _BIND_WORDS = frozenset({"bind", "rbind"})
 
 
@@ -155,6 +157,11 @@ def _root_steps(
         MountLayer(f"layer{index}", path, diff_id, root.verity.get(path), pmem)
         for index, (path, diff_id) in enumerate(layers)
     ]
+    if len(steps) > MOST_LAYERS:
+        raise Unsupported(
+            "plan container", why=f"{len(steps)} layers: overlayfs combines {MOST_LAYERS} at most",
+            code="too-many-layers", hint="flatten the image",
+        )  # fmt: skip
     layer_ids = tuple(step.id for step in steps)
     if root.scratch_bytes:
         steps.append(MakeScratch("scratch", whole_blocks(root.scratch_bytes), root.encrypted, root.shared))
@@ -359,8 +366,11 @@ def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
 
 
 def _slots_needed(steps: list[AnyStep], pod: PodSnapshot) -> int:
-    """What is attached already, and what several steps attach, takes no slot of its own."""
-    wanted = [step for step in steps if isinstance(step, MountLayer)]
+    """What is attached already, and what several steps attach, takes no slot of its own.
+
+    Nor do layers that are to be in persistent memory: whether one finds no room there is known when it is tried.
+    """
+    wanted = [step for step in steps if isinstance(step, MountLayer) and not step.pmem]
     layers = {(step.path, step.verity.root_hash if step.verity else "") for step in wanted} - pod.layers
     disks = {(step.device, step.inode) for step in steps if isinstance(step, MountDisk)} - set(pod.disks)
     scratch = [step for step in steps if isinstance(step, MakeScratch)]
