@@ -61,7 +61,7 @@ def assert_holds_nothing(pod: holdfast.Pod) -> None:
     with Journal(pod.root) as journal:
         assert [row for row in journal.held() if row.pod == pod.name] == []
         assert [lease for lease in journal.leases() if lease["pod"] == pod.name] == []
-    assert pod._client.request("verify", {}) == {"unknown_slots": [], "missing_slots": []}
+    assert pod._client.request("verify", {}) == {"unknown": [], "missing": []}
 
 
 def is_running(pid: int) -> bool:

@@ -155,23 +155,24 @@ def _folder(path: Path) -> Finding:
 
 
 def _in_pod(root: Path, name: str) -> Iterator[Finding]:
-    """What the monitor of a pod that lives says of its slots."""
+    """What the monitor of a pod that lives says of its slots and other places."""
     try:
         if ask(root, name).state != "running":
             return
         with Client.connect(root, name) as client:
-            slots = client.request("verify", {}, _VERIFY_SECONDS)
+            found = client.request("verify", {}, _VERIFY_SECONDS)
     except NotFound:  # it has ended
         return
     except HoldfastError as error:
         yield Finding("monitor", name, name, f"it lives, and does not answer: {error}", collectable=False)
         return
     for kind, why in (
-        ("unknown_slots", "the machine has a disk in it that the journal does not know"),
-        ("missing_slots", "the journal has a disk in it that the machine does not have"),
+        ("unknown", "the machine has something there that the journal does not know"),
+        ("missing", "the journal has something there that the machine does not have"),
     ):
-        for slot in slots[kind]:
-            yield Finding("slot", slot, name, why, collectable=False)
+        for place in found[kind]:
+            where, _, number = place.partition(" ")
+            yield Finding(where, number, name, why, collectable=False)
 
 
 # -- machines without a monitor -------------------------------------------------------------------

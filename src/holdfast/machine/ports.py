@@ -12,6 +12,7 @@ devices cannot be unplugged"): a device stays as long as its machine.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ def arguments() -> list[str]:
         where = f"addr={FIRST_BRIDGE_SLOT + number:#x},chassis_nr={100 + number}"
         argv += ["-device", f"pci-bridge,id=bridge{number},bus=pcie.0,{where}"]
     return argv
+
+
+def place_of(device: str) -> str:
+    """Where a device of that id is: ``slot 0:3``, ``pmem 0`` or ``port 1``; empty for one that is always there."""
+    found = re.fullmatch(r"disk(\d+)-(\d+)|pmem(\d+)dev|function(\d+)", device)
+    if found is None:
+        return ""
+    controller, lun, pmem, port = found.groups()
+    if port:
+        return f"port {port}"
+    return f"pmem {pmem}" if pmem else f"slot {controller}:{lun}"
 
 
 async def plug_pmem(qmp: Qmp, number: int, fd: int, size_bytes: int) -> None:

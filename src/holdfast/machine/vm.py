@@ -123,6 +123,12 @@ class VirtualMachine:
         slots = {tuple(name[1:].split("-")) for node in nodes if (name := str(node["node-name"]))[:1] == "d"}
         return {Slot(int(controller), int(lun)) for controller, lun in slots}
 
+    async def occupied(self) -> set[str]:
+        """Every place in which something was plugged since the start, as QEMU has it: see :func:`ports.place_of`."""
+        found = await self._qmp.execute("qom-list", {"path": "/machine/peripheral"})
+        places = {place for one in found if (place := ports.place_of(str(one["name"])))}
+        return places | {f"slot {slot}" for slot in await self.plugged()}
+
     # -- other devices ------------------------------------------------------------------------
 
     async def plug_pmem(self, number: int, fd: int, size_bytes: int) -> None:

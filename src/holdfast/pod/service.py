@@ -24,6 +24,7 @@ from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
 from holdfast.storage.pci import Functions
 from holdfast.storage.pmem import PmemLayers
+from holdfast.storage.reconcile import reconcile
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
@@ -318,10 +319,8 @@ class Service:
         """Compares what the journal says with what the machine has: for ``audit``."""
         machine = self._machine
         if machine is None or machine.died.done():
-            return {"unknown_slots": [], "missing_slots": []}
-        plugged = {str(slot) for slot in await machine.plugged()}
-        known = {row.detail.get("slot") for row in self._journal.held(self._config.name) if row.kind == "attachment"}
-        return {"unknown_slots": sorted(plugged - known), "missing_slots": sorted(known - plugged)}
+            return {"unknown": [], "missing": []}
+        return await reconcile(machine, self._journal, self._config.name)
 
     async def _inspect(self, _client: Connection, _params: dict[str, Any]) -> Any:
         machine, config = self._machine, self._machine_config
