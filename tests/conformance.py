@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from holdfast.errors import Exhausted, HoldfastError, InUse, InvalidInput, NotReleased
@@ -259,6 +260,58 @@ class EngineConformance:
             await pod.engine.release("b")
             assert pod.sandbox.steps.count("unplug") == 0
             await pod.engine.release("c")
+            await pod.expect_nothing()
+
+        run(test)
+
+    @pytest.mark.parametrize("other", [("errors=remount-ro",), ("sync",), ()])
+    def test_bug_e_other_options_of_the_filesystem_are_refused(self, run, other):
+        """The kernel has one filesystem for both mounts, and drops what the second asks for without a word."""
+
+        async def test(pod: Pod) -> None:
+            disk = pod.disk()
+            await pod.prepare("a", pod.mount(disk, options=("errors=continue", "nodev")))
+            with pytest.raises(InUse) as failure:
+                await pod.prepare("b", pod.mount(disk, options=other))
+            assert failure.value.code == "mount-options"
+            same = await pod.prepare("c", pod.mount(disk, options=("noexec", "errors=continue")))
+            assert same.paths == {"m0": "/run/mounts/scsi/m1"}
+            await pod.engine.release("c")
+            await pod.engine.release("a")
+            await pod.expect_nothing()
+
+        run(test)
+
+    def test_a_lease_lasts_as_long_as_any_attachment_of_the_file(self, run):
+        """One file in two formats is two attachments, with one right to open it between them."""
+
+        async def test(pod: Pod) -> None:
+            step = pod.mount(pod.disk(), read_only=True)
+            await pod.prepare("a", step)
+            other = msgspec.structs.replace(step, disk_format="qcow2", block_dev=True)
+            with contextlib.suppress(HoldfastError):  # QEMU finds that it is none, after the lease
+                await pod.prepare("b", other)
+            assert len(pod.journal.leases()) == 1
+            await pod.engine.release("b")
+            assert len(pod.journal.leases()) == 1
+            await pod.engine.release("a")
+            await pod.expect_nothing()
+
+        run(test)
+
+    def test_a_user_s_disk_does_not_join_a_layer(self, run):
+        """Nobody has a lease on a layer: what reads the same file as a disk of the user's has one."""
+
+        async def test(pod: Pod) -> None:
+            pod.suite.make_layer(pod.folder / "layer")
+            layer = MountLayer("layer", str(pod.folder / "layer"), "sha256:1")
+            await pod.prepare("a", layer)
+            step = msgspec.structs.replace(pod.mount(pod.folder / "layer", read_only=True), filesystem="erofs")
+            await pod.prepare("b", step)
+            assert [lease["writable"] for lease in pod.journal.leases()] == [False]
+            await pod.engine.release("b")
+            assert pod.journal.leases() == []
+            await pod.engine.release("a")
             await pod.expect_nothing()
 
         run(test)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from holdfast.image.records import Verity
 
 START_SECONDS = 300.0
+#: Of a pod that writes back: its monitor ends a guest that does nothing, so this is a last resort.
+_REMOVE_SECONDS = 900
 _END_SECONDS = 5.0
 
 
@@ -374,13 +376,13 @@ class Pod:
             return
         try:
             self._client.request("remove", {}, 60)
-            ended_in_time = self._client.wait_closed(60)
+            ended_in_time = self._client.wait_closed(_REMOVE_SECONDS)
         except ProtocolError:
             ended_in_time = True
         if not ended_in_time:
             raise TimedOut(
-                "remove pod", subject=self.name, why="it has not ended within 60 s", code="pod-not-ended",
-                hint="try again; holdfast pod inspect says what it is",
+                "remove pod", subject=self.name, why=f"it has not ended within {_REMOVE_SECONDS} s",
+                code="pod-not-ended", hint="try again; holdfast pod inspect says what it is",
             )  # fmt: skip
         ended = self._client.last_event("ended")
         self._abandon()

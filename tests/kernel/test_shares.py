@@ -238,7 +238,7 @@ def test_holders_and_numbers(run, host, tmp_path):
         await shares.remove(first, "b")
         (tmp_path / "more").mkdir()
         more = await shares.add(key_of(tmp_path / "more"), "c", file=False)
-        assert more.number == 0  # the lowest that is free
+        assert more.number == 2  # never one that was used: a guest's cache may remember what that was
         await shares.remove(more, "c")
         await shares.remove(other, "b")
 
@@ -268,7 +268,7 @@ def test_a_guest_that_fails(run, host, after, file):
             await shares.add(key_of(path), "a", file=file)
         assert failure.value.causes == ()
         share = await shares.add(key_of(path), "a", file=file)
-        assert share.number == 0
+        assert share.number == 1
         for _ in range(2):
             sandbox.fail("Remove MappedDirectory", after=after)
             with pytest.raises(HoldfastError, match="injected"):
@@ -295,16 +295,13 @@ def test_a_failure_that_cannot_be_undone_keeps_its_number(run, host, tmp_path):
 
 
 def test_a_file_that_the_machine_still_has_open(run, host, export):
-    """Nothing is removed while the mount is there: what is below its name is the user's."""
+    """It goes at once: with ``cache=loose`` Linux keeps a file open that was written to, long after its last user."""
 
-    async def test(shares: Shares, _sandbox: Faulty, journal: Journal) -> None:
+    async def test(shares: Shares, _sandbox: Faulty, _journal: Journal) -> None:
         share = await shares.add(key_of(host / "file"), "a", file=True)
-        with open(export / "0/file"):
-            with pytest.raises(NotReleased, match="busy"):
-                await shares.remove(share, "a")
-            assert (host / "file").read_text() == "in host"
-            assert [row.state for row in journal.held()] == ["releasing"]
-        await shares.remove(share, "a")
+        with open(export / "0/file") as file:
+            await shares.remove(share, "a")
+            assert file.read() == "in host"
         assert (host / "file").read_text() == "in host"
 
     run(test)

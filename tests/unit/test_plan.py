@@ -39,6 +39,7 @@ def document(*mounts: dict[str, Any]) -> dict[str, Any]:
         "mounts": list(mounts),
         "hooks": {"prestart": [{"path": "/bin/true"}]},
         "windows": {"layerFolders": []},
+        "linux": {"resources": {"pids": {"limit": 7}, "blockIO": {"weight": 10}, "network": {"classID": 1}}},
         "unknown": {"kept": [1, None]},
     }
 
@@ -177,6 +178,7 @@ def test_rewriting_changes_a_copy():
     assert rewritten["linux"]["cgroupsPath"] == "/c"
     assert rewritten["unknown"] == {"kept": [1, None]}
     assert "hooks" not in rewritten
+    assert rewritten["linux"]["resources"] == {"pids": {"limit": 7}}
     assert "windows" not in rewritten
     rewritten["mounts"][0]["type"] = "changed"
     assert raw == before
@@ -293,7 +295,7 @@ def replaced(**changes: Any) -> dict[str, Source]:
             replaced(kind="block device", mounted=True),
             InUse,
             "disk-in-use",
-            "the host has this device mounted",
+            "the host, or another pod, uses this device",
             id="physical: mounted",
         ),
         pytest.param(

@@ -104,6 +104,19 @@ def test_a_copy_is_deep(tmp_path: Path) -> None:
     assert bundle.raw == GOOD
 
 
+@pytest.mark.parametrize(
+    ("folders", "root", "problem"),
+    [
+        (["/only"], False, "windows.layerFolders: needs at least two"),
+        (["/layer", "/scratch"], True, "root.path: cannot be given together with windows.layerFolders"),
+    ],
+)
+def test_layer_folders_that_make_no_root(folders: list[str], root: bool, problem: str) -> None:
+    document = without(GOOD if root else without(GOOD, "root"), "windows.layerFolders", folders)
+    with pytest.raises(InvalidInput, match=problem):
+        check(spec_from_raw(document, "test"))
+
+
 def test_layer_folders_make_a_root_unneeded(tmp_path: Path) -> None:
     document = without(without(GOOD, "root"), "windows.layerFolders", ["/layer", "/scratch"])
     bundle = Bundle.load(make_bundle(tmp_path, document))

@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError, InUse, NotFound, NotReleased
 from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
 from holdfast.spec.default import CAPABILITIES
-from tests.images import is_clean, make_bundle, make_disk, run
+from tests.images import busybox_tree, is_clean, make_bundle, make_disk, run
 from tests.vm.support import Session, assert_holds_nothing, output, running, sh, start, wait_for_end
 
 MIB = 1 << 20
@@ -30,6 +30,14 @@ def folder(tmp_path: Path) -> Path:
     shared.mkdir()
     (shared / "file").write_text("from the host\n")
     return shared
+
+
+@pytest.fixture(scope="module")
+def bundle_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root filesystem for bundles."""
+    root = tmp_path_factory.mktemp("bundle") / "rootfs"
+    busybox_tree(root)
+    return root
 
 
 def digest(path: Path) -> str:
@@ -116,6 +124,70 @@ def test_flags_data_and_propagation(shared_pod, tmp_path):
     with pytest.raises(HoldfastError) as caught:
         shared_pod.attach(f"type=disk,src={disk},options=no-such-option")
     assert caught.value.code == "mount-failed"
+    assert_holds_nothing(shared_pod)
+
+
+def tags(mountinfo: str, path: str) -> list[str]:
+    """The optional fields that the one mount at a path has in a mount table: proc(5)."""
+    [line] = [fields for line in mountinfo.splitlines() if (fields := line.split())[4] == path]
+    return line[6 : line.index("-")]
+
+
+def test_propagation_in_the_guest(data, tmp_path):
+    """Each is a call of its own, in the order in which they are written: the last one counts."""
+    import asyncio
+
+    from holdfast.machine.sandbox import Slot
+    from tests.vm.test_machine import cloned
+
+    cases = {
+        "": "shared", "shared": "shared", "rshared": "shared", "private": "", "rprivate": "", "slave": "", "rslave": "",
+        "unbindable": "unbindable", "runbindable": "unbindable", "private,shared": "shared", "rshared,rprivate": "",
+        "unbindable,private": "", "noexec,shared,commit=7": "shared",
+    }  # fmt: skip
+
+    async def test() -> None:
+        async with cloned(data, tmp_path) as machine:
+            with open(make_disk(tmp_path / "disk", "ext4"), "r+b") as file:
+                await machine.plug_disk(Slot(0, 0), file.fileno(), "raw", False, False)
+            for options, expected in cases.items():
+                settings: dict[str, object] = {"MountPath": "/run/m0", "Options": options.split(",") if options else []}
+                for action in ("Add", "Remove"):
+                    request = {"ResourceType": "MappedVirtualDisk", "RequestType": action, "Settings": settings}
+                    await machine.request("modify", request, 20)
+                    table = (await machine.request("mounts", {}, 5))["mountinfo"]
+                    if action == "Add":
+                        found = [tag.partition(":")[0] for tag in tags(table, "/run/m0")]
+                        assert found == ([expected] if expected else []), options
+                    assert ("/run/m0" in table) is (action == "Add")
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("propagation", "of_root", "seen"),
+    [
+        ("shared", "rslave", "master"),
+        ("rshared", "rshared", "shared"),
+        ("shared", "rprivate", ""),
+        ("slave", "rslave", ""),
+    ],
+)
+def test_propagation_from_the_guest_to_a_container(shared_pod, tmp_path, bundle_root, propagation, of_root, seen):
+    """The container's mount is in the group of the guest's: not of a group of its own that nobody else is in."""
+    capabilities = {key: [*CAPABILITIES, "CAP_SYS_PTRACE"] for key in ("bounding", "effective", "permitted")}
+    bundle = make_bundle(  # with the guest's process 1 in its /proc
+        tmp_path / "bundle", ["sh", "-c", "cat /proc/1/mountinfo; echo; cat /proc/self/mountinfo"],
+        root={"path": str(bundle_root)}, hostname="", process={"capabilities": capabilities},
+        linux={"namespaces": [{"type": "mount"}], "rootfsPropagation": of_root},
+    )  # fmt: skip
+    disk = make_disk(tmp_path / "disk", "ext4")
+    mount = f"type=disk,src={disk},dst=/d,propagation={propagation}"
+    guest, inside = output(shared_pod.run(bundle=bundle, mounts=[mount])).split("\n\n")
+    [path] = {line.split()[4] for line in guest.splitlines() if " /run/mounts/scsi/" in line and " ext4 " in line}
+    groups = tags(guest, path)
+    assert [group.partition(":")[0] for group in groups] == (["shared"] if "shared" in propagation else [])
+    assert tags(inside, "/d") == ([f"{seen}:{groups[0].partition(':')[2]}"] if seen else [])
     assert_holds_nothing(shared_pod)
 
 
@@ -254,6 +326,31 @@ def test_what_was_read_and_written_is_counted(shared_pod, folder, tmp_path):
     assert_holds_nothing(shared_pod)
 
 
+@pytest.mark.parametrize("first", ["whole", "part"])
+def test_a_partition_and_its_whole_disk_do_not_go_to_two_pods(data, state_root, tmp_path, first):
+    """Two devices, of which leases know nothing: the kernel's claim on a device does."""
+    disk = partitioned(tmp_path / "disk", make_disk(tmp_path / "part", "ext4"))
+    device = run("losetup", "--find", "--partscan", "--show", disk).stdout.strip()
+    try:
+        name = os.path.basename(device)
+        if not Path(f"/sys/block/{name}/{name}p1").exists():  # a kernel that cannot read the table takes it from us
+            run("addpart", device, "1", "2048", str((os.path.getsize(disk) >> 9) - 4096))
+        node = tmp_path / "p1"
+        major, minor = Path(f"/sys/block/{name}/{name}p1/dev").read_text().split(":")
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(int(major), int(minor)))
+        whole, part = f"type=physical-disk,src={device},dst=/d,partition=1", f"type=physical-disk,src={node},dst=/d"
+        mine, theirs = (whole, part) if first == "whole" else (part, whole)
+        with holdfast.Pod(root=state_root, data=data) as one, holdfast.Pod(root=state_root, data=data) as two:
+            with running(one, "c", [mine]):
+                for mount in (theirs, f"{theirs},ro"):
+                    with pytest.raises(InUse) as caught:
+                        sh(two, "true", mounts=[mount])
+                    assert caught.value.code == "disk-in-use"
+            assert sh(two, "true", mounts=[theirs]).status == 0
+    finally:
+        run("losetup", "--detach", device)
+
+
 def test_a_block_device_of_the_host(shared_pod, folder, tmp_path):
     """One device, whatever node it is named by; what the host has mounted is refused."""
     disk = make_disk(tmp_path / "disk", "ext4", folder)
@@ -270,13 +367,17 @@ def test_a_block_device_of_the_host(shared_pod, folder, tmp_path):
             with pytest.raises(InUse) as caught:
                 shared_pod.attach(f"type=physical-disk,src={node},ro")
             assert caught.value.code == "disk-in-use"
+            # Another container of the pod shares it; the host cannot take it meanwhile.
+            assert output(sh(shared_pod, "cat /d/x", mounts=[mount])) == "x\n"
+            (tmp_path / "taken").mkdir()
+            assert subprocess.run(["mount", device, tmp_path / "taken"], capture_output=True, check=False).returncode
         assert_holds_nothing(shared_pod)
         assert output(sh(shared_pod, "cat /d/x", mounts=[f"type=disk,src={node},dst=/d,ro"])) == "x\n"
         mounted = tmp_path / "mounted"
         mounted.mkdir()
         run("mount", device, mounted)
         try:
-            with pytest.raises(InUse, match="host has this device mounted"):
+            with pytest.raises(InUse, match="uses this device"):
                 shared_pod.attach(f"type=physical-disk,src={node},ro")
         finally:
             run("umount", mounted)

@@ -184,6 +184,28 @@ for mode in ("mmap", "loose", "none"):
     assert_holds_nothing(shared_pod)
 
 
+def test_a_share_shows_nothing_of_an_earlier_one(shared_pod, tmp_path):
+    """With ``loose`` the guest does not ask again what is behind a name: a name is never used for two shares."""
+    for number, text in enumerate(("first", "second, longer")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "file").write_text(text)
+        script = "cat /m/file; echo -n ' and more' >> /m/file"
+        assert output(sh(shared_pod, script, mounts=[f"type=bind,src={folder},dst=/m,cache=loose"])) == text
+        assert (folder / "file").read_text() == f"{text} and more"
+    assert_holds_nothing(shared_pod)
+
+
+def test_a_written_file_is_let_go_of(shared_pod, tmp_path):
+    """With ``loose`` Linux keeps a file open for writing back, after its last user."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    mount = f"type=bind,src={file},dst=/file,cache=loose"
+    assert sh(shared_pod, "echo new > /file", mounts=[mount]).status == 0
+    assert_holds_nothing(shared_pod)
+    assert file.read_text() == "new\n"
+
+
 def test_what_is_cached_is_written_before_a_share_goes(data, state_root, folder):
     """Also with ``loose``, where Linux writes when it likes, and a pod that ends with its container."""
     program = """

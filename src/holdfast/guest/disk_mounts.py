@@ -89,7 +89,7 @@ def _link_device(target: str, device: str) -> dict[str, str]:
     return {"path": target, "device": device}
 
 
-def remove(settings: dict[str, Any], _children: Children) -> Task:
+def remove(settings: dict[str, Any], children: Children) -> Task:
     """Task: unmounts a disk and proves that it is unused; already gone is success."""
     target = settings_of.path(settings, "MountPath")
     place = (
@@ -102,6 +102,8 @@ def remove(settings: dict[str, Any], _children: Children) -> Task:
         os.unlink(target)
         _disks.pop(target, None)
         return {}
+    if not settings.get("ReadOnly"):
+        yield from mounting.write_back(target, children)
     unmount(target)
     yield from mapped.release(target)
     remove_mount_point(target)

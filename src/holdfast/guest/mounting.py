@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from holdfast.errors import GuestFailed, InUse, Unsupported
+from holdfast.errors import GuestFailed, InUse, NotReleased, Unsupported
 from holdfast.guest.launch import load_on_demand
 from holdfast.linux import syscalls
 from holdfast.mounts.probe import probe_filesystem
@@ -14,6 +14,9 @@ from holdfast.mounts.unmount import remove_mount_point, unmount
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from holdfast.guest.children import Children
+    from holdfast.guest.loop import Task
 
 #: Filesystem -> the module that has it, where that is called otherwise.
 _MODULES = {"iso9660": "isofs"}
@@ -85,6 +88,39 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
             syscalls.mount("none", target, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
     except OSError as error:
         raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
+
+
+def write_back(target: str, children: Children) -> Task:
+    """Task: writes out what is cached of a filesystem, before it is unmounted; what is not mounted has nothing cached.
+
+    In a process of its own: it may take long, and unmounting then does not.  Its errors are said here or nowhere, for
+    umount(2) does not tell (syncfs(2) does, since Linux 5.8).
+
+    Raises:
+        NotReleased: something could not be written; said once, and the next try goes on.
+    """
+    if os.path.ismount(target):
+        status = yield from children.call(lambda: _sync(target))
+        number = os.waitstatus_to_exitcode(status)
+        if number:
+            why = f"{os.strerror(number)} (errno {number})" if number > 0 else f"ended by signal {-number}"
+            raise NotReleased(
+                "write back", subject=target, why=why, code="not-written",
+                hint="what was written last is not all there; detach again to let go of it all the same",
+            )  # fmt: skip
+
+
+def _sync(target: str) -> None:
+    try:
+        fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # the host has lost it (a stale NFS handle): nothing can be written there any more
+        return
+    try:
+        syscalls.syncfs(fd)
+    except OSError as error:
+        os._exit(error.errno or errno.EIO)
+    finally:
+        os.close(fd)
 
 
 def filesystem_of(device: str, asked: str = "") -> str:

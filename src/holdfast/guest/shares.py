@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from holdfast.errors import InvalidInput, NotReleased
+from holdfast.errors import InvalidInput
 from holdfast.guest import mounting
 from holdfast.guest import settings as settings_of
-from holdfast.linux import syscalls
 from holdfast.mounts.unmount import remove_mount_point, unmount
 
 TYPE_CHECKING = False
@@ -72,26 +71,10 @@ def refresh(settings: dict[str, Any], _children: Children) -> Task:
     yield
 
 
-def _write_back(target: str) -> None:
-    """What the guest has cached goes to the host before a share does: the 9p mount behind it stays, and writes late."""
-    try:
-        fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:  # the host has lost it (a stale NFS handle): nothing can be written there any more
-        return
-    try:
-        syscalls.syncfs(fd)
-    except OSError as error:  # said once: the next try goes on
-        raise NotReleased("write back share", subject=target, why=error, code="share-not-written") from None
-    finally:
-        os.close(fd)
-
-
-def remove(settings: dict[str, Any], _children: Children) -> Task:
+def remove(settings: dict[str, Any], children: Children) -> Task:
     """Task: takes a share away; already gone is success.  The 9p mount behind it stays for the next."""
     target = settings_of.path(settings, "MountPath")
-    if os.path.ismount(target):
-        _write_back(target)
+    yield from mounting.write_back(target, children)  # the 9p mount behind it writes late otherwise
     unmount(target)
     remove_mount_point(target)
     return {}
-    yield

@@ -52,6 +52,9 @@ _CALL_FLAGS = {
     "remount": (sys_.MS_REMOUNT, True),
 }
 
+#: Flags of a filesystem, not of one mount of it; with them goes all of the data.
+OF_FILESYSTEM = sys_.MS_SYNCHRONOUS | sys_.MS_DIRSYNC | sys_.MS_LAZYTIME | sys_.MS_MANDLOCK
+
 _PROPAGATION = {
     "private": sys_.MS_PRIVATE,
     "rprivate": sys_.MS_PRIVATE | sys_.MS_REC,
@@ -70,6 +73,12 @@ _YES_NO = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": 
 
 PROPAGATION_NAMES = tuple(_PROPAGATION)
 FLAG_NAMES = (*_FLAGS, *(name for name, (flags, _) in _CALL_FLAGS.items() if flags < sys_.MS_BIND))
+
+
+def is_flag(word: str) -> bool:
+    """Whether an option is a flag of a mount, in its plain or its recursive spelling: ``noexec``, ``rnoexec``."""
+    lowered = word.lower()
+    return lowered in FLAG_NAMES or (lowered[:1] == "r" and lowered[1:] in _FLAGS)
 
 
 class MountOptions:

@@ -58,7 +58,7 @@ class HotAttach:
             raw = {**raw, "destination": "/"}
         document = {"ociVersion": "1.0.2", "mounts": [raw]}
         mount = spec_from_raw(document, "attach").mounts[0]
-        step = mount_step(0, mount, survey((mount,), DISK_TYPES), [])
+        step = mount_step(0, mount, survey((mount,), DISK_TYPES), [], self._engine.snapshot().disks)
         if step is None:
             raise InvalidInput("attach", subject=mount.type, why="only disks and host directories can be attached")
         writable = not container or self._containers.may_write_to_shares(container)

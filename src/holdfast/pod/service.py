@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import HoldfastError, InvalidInput, NotReleased, from_exception
+from holdfast.errors import HoldfastError, InvalidInput, NotReleased, TimedOut, from_exception
 from holdfast.linux import syscalls
 from holdfast.machine import accelerator, guest_image, ports, template, vm
 from holdfast.machine.config import MIN_MEMORY_BYTES, MachineConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 SOCKET = "monitor.sock"
-#: How long a guest has to unmount the user's disks when its pod ends.
+#: How long a guest that writes nothing may take to unmount the user's disks when its pod ends.
 _CLEAN_SECONDS = 20.0
 
 
@@ -225,14 +225,15 @@ class Service:
 
     async def _tear_down(self) -> list[Exception]:
         """Lets go of everything: cleanly where data could be lost, at once where it could not."""
+        lost: list[Exception] = []
         errors: list[Exception] = []
         machine = self._machine
         if machine is not None:
             machine.closing = True
             if not machine.died.done() and self._engine.has_writable():
-                errors = await self._release_cleanly()
+                lost = await self._release_cleanly(machine)
             await machine.close()
-            if errors or self._engine.held():
+            if self._engine.held():
                 errors = await self._release_all()
             if errors:  # a release that was under way when the machine ended: with the machine gone it can finish
                 errors = await self._release_all()
@@ -241,26 +242,41 @@ class Service:
         for mounted in (self._served, self._export):
             with contextlib.suppress(OSError):
                 syscalls.umount(str(mounted), syscalls.MNT_DETACH)
-        return errors
+        return lost + errors
 
-    async def _release_cleanly(self) -> list[Exception]:
-        """Unmounts what could lose writes, within a deadline: a guest that does not answer is ended all the same."""
-        errors: list[Exception] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLEAN_SECONDS):
-                errors = await self._release_all()
-                if errors:  # what a container kept busy is free now that it is gone
-                    errors = await self._release_all()
-        return errors
+    async def _release_cleanly(self, machine: vm.VirtualMachine) -> list[Exception]:
+        """Unmounts what could lose writes; returns what could not be, for then something may be lost.
+
+        A guest that neither finishes nor writes anything for a while is ended all the same.
+        """
+
+        async def release() -> list[Exception]:
+            # What a container kept busy is free when it is gone.
+            return await self._release_all() and await self._release_all()
+
+        releasing = asyncio.ensure_future(release())
+        written = -1
+        try:
+            while not (await asyncio.wait({releasing}, timeout=_CLEAN_SECONDS))[0]:
+                now = sum([writes for _, writes in (await machine.traffic()).values()])
+                if now == written:
+                    raise TimedOut("write back", why=f"the guest has written nothing for {_CLEAN_SECONDS:g} s")
+                written = now
+            return releasing.result()
+        except HoldfastError as error:
+            releasing.cancel()
+            return [
+                NotReleased(
+                    "end pod", subject=self._config.name, why=f"its disks were not unmounted: {error}",
+                    code="unclean-end", hint="check the disks and shares that it could write to",
+                )
+            ]  # fmt: skip
 
     async def _release_all(self) -> list[Exception]:
-        errors: list[Exception] = []
-        for holder in reversed(self._engine.held()):
-            try:
-                await self._engine.release(holder)
-            except NotReleased as error:
-                errors.append(error)
-        return errors
+        """Lets go for all holders side by side; nothing is in the way of the others."""
+        holders = self._engine.held()
+        results = await asyncio.gather(*map(self._engine.release, holders), return_exceptions=True)
+        return [result for result in results if isinstance(result, Exception)]
 
     # -- requests -----------------------------------------------------------------------------
 

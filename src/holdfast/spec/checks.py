@@ -36,6 +36,10 @@ def problems(spec: Spec) -> Iterator[str]:
     """Each problem as ``field: what is wrong``."""
     if not spec.windows.layer_folders and not (spec.root and spec.root.path):
         yield "root.path: required, but missing (windows.layerFolders would do, too)"
+    if spec.windows.layer_folders and spec.root and spec.root.path:
+        yield "root.path: cannot be given together with windows.layerFolders"
+    if len(spec.windows.layer_folders) == 1:
+        yield "windows.layerFolders: needs at least two, a layer and the folder for the container's own writes"
     if spec.root and "\0" in spec.root.path:
         yield "root.path: holds a NUL"
     if spec.process:

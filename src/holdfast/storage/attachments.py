@@ -7,13 +7,14 @@ before anything is done and free again only when the device is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from holdfast.errors import Exhausted, HoldfastError, InvalidInput, NotFound
+from holdfast.errors import Exhausted, HoldfastError, InUse, InvalidInput, NotFound
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.machine.sandbox import CONTROLLERS, LUNS, Slot
 from holdfast.spec import guest_requests as requests
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from holdfast.storage.journal import Journal
 
 GUEST_SECONDS = 20.0
+#: For what the guest has to write back first: all of its memory may be waiting for a slow disk.
+FLUSH_SECONDS = 600.0
 
 
 class DiskKey(NamedTuple):
@@ -38,7 +41,8 @@ class DiskKey(NamedTuple):
     read_only: bool
     disk_format: str
     verity: str = ""
-    exclusive: bool = False
+    #: Two levels of access are two attachments: for one of them there is a lease.
+    level: str = ""
 
 
 class Disk(msgspec.Struct, frozen=True):
@@ -139,8 +143,7 @@ class Attachments:
         try:
             status = os.fstat(fd)
             root_hash = disk.verity.root_hash if disk.verity else ""
-            exclusive = disk.read_only and disk.level == "individual"
-            key = DiskKey(*identity(status), disk.read_only, disk.disk_format, root_hash, exclusive)
+            key = DiskKey(*identity(status), disk.read_only, disk.disk_format, root_hash, disk.level)
             return await self._shared.acquire(key, holder, lambda: self._attach(disk, key, os.dup(fd)))
         finally:
             os.close(fd)
@@ -193,6 +196,8 @@ class Attachments:
                 alone = disk.level == "individual"
                 self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=alone)
                 undo.push("end lease", lambda: self._end_lease(key))
+                if disk.block_device and alone:
+                    fd = _claim(disk, fd)
             attachment = made = Attachment(disk, key, slot, size, row, leased, disk.level)
             # From here on nothing is given back before the device is gone, so undoing is one act, not a list of them.
             undo.forget()
@@ -226,8 +231,10 @@ class Attachments:
         self._journal.release(attachment.row)
 
     def _end_lease(self, key: DiskKey) -> None:
-        alone = key.exclusive or not key.read_only
-        self._journal.end_lease(self._pod, key.device, key.inode, writable=alone)
+        """Ends it with the last attachment that needs it: one file in two formats is two attachments."""
+        others = (a.key for a, _ in self.items() if a.leased and a.key != key)
+        if not any((o.device, o.inode, o.level) == (key.device, key.inode, key.level) for o in others):
+            self._journal.end_lease(self._pod, key.device, key.inode, writable=key.level == "individual")
 
     def _free_slot(self, disk: Disk) -> Slot:
         for controller in range(CONTROLLERS):
@@ -249,6 +256,29 @@ class Attachments:
         """Every attachment with its holders, by slot."""
         found = [(attachment, holders) for _, attachment, holders in self._shared.items()]
         return sorted(found, key=lambda item: item[0].slot)
+
+
+def _claim(disk: Disk, fd: int) -> int:
+    """Opens a block device once more, as its only user, and closes ``fd``.
+
+    The claim (open(2), O_EXCL) lasts as long as any copy of the descriptor: neither can the host mount the device
+    then, nor does a partition of it go to one pod and the whole to another, of which leases know nothing.
+
+    Raises:
+        InUse: somebody has it, or a part of it, or what it is a part of.
+    """
+    flags = os.O_RDONLY if disk.read_only else os.O_RDWR
+    try:
+        claimed = os.open(f"/proc/self/fd/{fd}", flags | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise InUse(
+            "open disk", subject=disk.path, why="the host, or another pod, uses it, a part of it, or what it is in",
+            code="disk-in-use", hint="unmount it, or end that pod first",
+        ) from None  # fmt: skip
+    os.close(fd)
+    return claimed
 
 
 async def while_alive(sandbox: Sandbox, action: Callable[[], Awaitable[object]]) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from holdfast.errors import GuestFailed, HoldfastError, InUse
+from holdfast.mounts import options as mount_options
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.attachments import (
+    FLUSH_SECONDS,
     GUEST_SECONDS,
     Attachment,
     Attachments,
@@ -76,7 +78,7 @@ class DiskMounts:
 
         Raises:
             InUse: ``path-in-use``: the path has another disk; ``disk-in-use``: one of two wants it mounted and the
-                other its device, to write to.
+                other its device, to write to; ``mount-options``: it is mounted with other ones of the filesystem.
             HoldfastError: what went wrong; nothing of it is left.
         """
         attachment = await self._attachments.attach(disk, holder, opened)
@@ -125,6 +127,15 @@ class DiskMounts:
                 "mount disk", subject=attachment.disk.path, code="disk-in-use",
                 why="it would be mounted and open as a device at the same time",
             )  # fmt: skip
+        same = [other for other in self._paths.values() if other.disk == key.disk and other.partition == key.partition]
+        if not key.block_dev and any(
+            _of_filesystem(other) != _of_filesystem(key) for other in same if not other.block_dev
+        ):
+            raise InUse(
+                "mount disk", subject=attachment.disk.path, code="mount-options",
+                why="it is mounted with other options of its filesystem, and the kernel would silently drop these",
+                hint="use the same options, or the other's",
+            )  # fmt: skip
         if wanted in self._paths:
             raise InUse("mount disk", subject=wanted, why="another disk is there", code="path-in-use")
         numbered = (f"/run/mounts/scsi/m{number}" for number in range(len(self._paths) + 1))
@@ -170,12 +181,19 @@ class DiskMounts:
             read_only=key.disk.read_only, block_dev=key.block_dev,
         )  # fmt: skip
         request = requests.encode(requests.GuestRequest("Remove", settings))
-        await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, GUEST_SECONDS))
+        seconds = GUEST_SECONDS if key.disk.read_only else FLUSH_SECONDS
+        await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, seconds))
         self._paths.pop(mount.guest_path, None)
 
     def path_of(self, attachment: Attachment) -> list[str]:
         """Where the guest has an attachment mounted."""
         return sorted(m.guest_path for _, m, _ in self._shared.items() if m.attachment.key == attachment.key)
+
+
+def _of_filesystem(key: MountKey) -> tuple[int, tuple[str, ...]]:
+    """Options that hold for a filesystem wherever it is mounted, not for one mount of it (mount(2))."""
+    options = mount_options.parse(key.options)
+    return options.flags & mount_options.OF_FILESYSTEM, options.data
 
 
 def _verity_info(disk: Disk) -> requests.DeviceVerityInfo | None:

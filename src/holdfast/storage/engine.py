@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 #: Disks attached at once: QEMU takes commands one by one, but guests probe and mount side by side.
 _AT_ONCE = 8
+_SWEEP_SECONDS = 1.0
 #: Disks and shares do not depend on each other; QEMU takes 50 ms to let go of a disk, whatever else it does.
 _GROUP = "disks and shares"
 
@@ -98,16 +99,18 @@ class Engine:
         #: Files of scratch disks that containers share, by whether they are encrypted.
         self._scratch: Counted[bool, int] = Counted(_close)
         self._held: dict[str, Held] = {}
+        self._sweeping: asyncio.Task[None] | None = None
 
     def snapshot(self) -> PodSnapshot:
         """What planning must know of the pod."""
-        disks = {
-            (attachment.key.device, attachment.key.inode): not attachment.key.read_only
-            for attachment, _ in self.attachments.items()
-        }
+        attached = [((a.key.device, a.key.inode), a, tuple(holders)) for a, holders in self.attachments.items()]
+        disks = {identity: not attachment.key.read_only for identity, attachment, _ in attached}
+        holders = {identity: names for identity, _, names in attached}
         layers = frozenset((a.disk.path, a.key.verity) for a, _ in self.attachments.items() if a.disk.kind == "layer")
         scratch = frozenset(encrypted for encrypted, _, _ in self._scratch.items())
-        return PodSnapshot(self.attachments.free, frozenset(self._held), disks, layers, scratch, self._writable_shares)
+        return PodSnapshot(
+            self.attachments.free, frozenset(self._held), disks, holders, layers, scratch, self._writable_shares
+        )
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
         """Carries out the storage steps of a plan for ``holder``.
@@ -137,17 +140,24 @@ class Engine:
         return held
 
     async def _acquire(self, held: Held, steps: tuple[AnyStep, ...]) -> None:
-        await self.disks.retry()
-        await self.shares.retry()
-        for other in (self._pmem, self._functions):
-            if other is not None:
-                await other.retry()
+        await self._sweep()
         side_by_side = MountLayer | MakeScratch | MountDisk | ShareDirectory | AssignDevice
         parallel = [step for step in steps if isinstance(step, side_by_side)]
         await self._all(held, parallel)
         for step in steps:
             if isinstance(step, CombineLayers):
                 await self._combine(held, step)
+
+    async def _sweep(self) -> None:
+        """Tries again to unmake what earlier failures have left, but waits for that only a moment: it may be stuck."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.ensure_future(self._retry())
+        await asyncio.wait({self._sweeping}, timeout=_SWEEP_SECONDS)
+
+    async def _retry(self) -> None:
+        for shared in (self.disks, self.shares, self._pmem, self._functions):
+            if shared is not None:
+                await shared.retry()
 
     async def _all(self, held: Held, steps: list[Any]) -> None:
         """Does independent steps side by side; the first failure is raised when all have come to an end."""

@@ -36,7 +36,7 @@ from holdfast.storage.steps import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from holdfast.storage.survey import Source
 
@@ -82,6 +82,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         free_slots: SCSI slots left.
         containers: names in use.
         disks: (device, inode) of attached disks -> whether writable.
+        holders: the same -> who has them.
         layers: (path, root hash that it is checked by) of attached layers.
         scratch: whether the scratch disks that containers share are encrypted.
         writable_shares: whether the pod may have any.
@@ -90,6 +91,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
     free_slots: int = 256
     containers: frozenset[str] = frozenset()
     disks: dict[tuple[int, int], bool] = {}
+    holders: dict[tuple[int, int], tuple[str, ...]] = {}
     layers: frozenset[tuple[str, str]] = frozenset()
     scratch: frozenset[bool] = frozenset()
     writable_shares: bool = True
@@ -121,7 +123,7 @@ def plan_container(
     steps, root_step = _root_steps(root, sources, pmem=pmem_limits(spec.annotations).count > 0)
     rewrites: list[Rewrite] = []
     for index, mount in enumerate(spec.mounts):
-        step = mount_step(index, mount, sources, steps)
+        step = mount_step(index, mount, sources, steps, pod.disks)
         if step is not None:
             if step.id == f"m{index}":
                 steps.append(step)
@@ -171,9 +173,18 @@ def _root_steps(
 
 
 def mount_step(
-    index: int, mount: Mount, sources: dict[str, Source], earlier: list[AnyStep]
+    index: int,
+    mount: Mount,
+    sources: dict[str, Source],
+    earlier: list[AnyStep],
+    ours: Collection[tuple[int, int]] = (),
 ) -> MountDisk | ShareDirectory | None:
-    """The step for one mount; None for what the runtime does itself (proc, tmpfs, devpts ...)."""
+    """The step for one mount; None for what the runtime does itself (proc, tmpfs, devpts ...).
+
+    Args:
+        earlier: steps of which one may do for this mount, too.
+        ours: (device, inode) of disks that the pod has already.
+    """
     subject = f"mounts[{index}] {mount.source} at {mount.destination}"
     if mount.kind in _NOT_YET:
         raise Unsupported(
@@ -196,7 +207,7 @@ def mount_step(
             "plan mount", subject=subject, why="only a disk can be shown as a device", code="blockdev-destination",
             hint="say type=disk or type=physical-disk",
         )  # fmt: skip
-    step = _share(index, mount, source, subject) if mount.kind == "bind" else _disk(index, mount, source, subject)
+    step = _share(index, mount, source, subject) if mount.kind == "bind" else _disk(index, mount, source, subject, ours)
     # The same thing twice is one step: it is attached once, and mounted where each mount wants it.
     for other in earlier:
         if isinstance(other, MountDisk | ShareDirectory) and msgspec.structs.replace(other, id=step.id) == step:
@@ -250,7 +261,7 @@ def check_shares(steps: Sequence[AnyStep], *, writable: bool) -> None:
             )  # fmt: skip
 
 
-def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
+def _disk(index: int, mount: Mount, source: Source, subject: str, ours: Collection[tuple[int, int]]) -> MountDisk:
     physical = mount.kind == "physical-disk"
     if physical and source.kind != "block device":
         raise InvalidInput(
@@ -260,14 +271,11 @@ def _disk(index: int, mount: Mount, source: Source, subject: str) -> MountDisk:
         raise InvalidInput(
             "plan mount", subject=subject, why=f"the source is a {source.kind}, not a disk", code="source-kind"
         )
-    if source.mounted:
+    if source.mounted and (source.device, source.inode) not in ours:
         raise InUse(
-            "plan mount",
-            subject=subject,
-            why="the host has this device mounted",
-            code="disk-in-use",
-            hint="unmount it first",
-        )
+            "plan mount", subject=subject, code="disk-in-use", hint="unmount it, or end that pod first",
+            why="the host, or another pod, uses this device, a part of it, or what it is a part of",
+        )  # fmt: skip
     wanted = disk_options.take(mount_options.split(mount.options), subject)
     disk_format = _disk_format(source, wanted.disk_format, subject)
     if not source.size_bytes or (source.size_bytes % 512 and disk_format == "raw"):
@@ -338,7 +346,7 @@ def _is_access(option: str) -> bool:
 def _guest_options(mount: Mount) -> tuple[str, ...]:
     """Options of the bind that the runtime makes from the guest's path to the container's."""
     parsed = mount_options.split(mount.options)
-    known = [o for o in parsed if o.lower() in mount_options.FLAG_NAMES or o.lower() in mount_options.PROPAGATION_NAMES]
+    known = [o for o in parsed if mount_options.is_flag(o) or o.lower() in mount_options.PROPAGATION_NAMES]
     kept = [option for option in known if option not in _BIND_WORDS and not _is_access(option)]
     bind = "bind" if "bind" in mount.options and "rbind" not in mount.options else "rbind"
     return (bind, "ro" if mount.read_only else "rw", *kept)
@@ -359,8 +367,10 @@ def _check_disks(steps: list[AnyStep], pod: PodSnapshot) -> None:
         key = (step.device, step.inode)
         writable = not step.read_only
         if modes.setdefault(key, writable) != writable or (writable and _times(steps, step) > 1):
+            holders = ", ".join(pod.holders.get(key, ()))
             raise InUse(
-                "plan container", subject=step.path, why="it would be open for writing and a second time",
+                "plan container", subject=step.path,
+                why=f"it would be open for writing and a second time{f'; {holders} has it' if holders else ''}",
                 code="disk-in-use", hint="one writer, or any number of readers",
             )  # fmt: skip
 

@@ -23,9 +23,9 @@ import msgspec
 
 from holdfast.errors import HoldfastError, InvalidInput, NotFound
 from holdfast.linux import syscalls
-from holdfast.mounts.unmount import remove_mount_point, unmount
+from holdfast.mounts.unmount import remove_mount_point
 from holdfast.spec import guest_requests as requests
-from holdfast.storage.attachments import GUEST_SECONDS, add_causes, while_alive
+from holdfast.storage.attachments import FLUSH_SECONDS, GUEST_SECONDS, add_causes, while_alive
 from holdfast.storage.counted import Counted, HalfMade
 from holdfast.storage.follow import Follower
 from holdfast.storage.undo import Undo
@@ -91,7 +91,7 @@ class Shares:
         self._sandbox = sandbox
         self._journal = journal
         self._pod = pod
-        self._numbers: set[int] = set()
+        self._last = -1
         self._follower = Follower()
         self._refreshing: set[asyncio.Task[None]] = set()
         self._refresh_one = asyncio.Lock()
@@ -125,9 +125,9 @@ class Shares:
         await self._shared.settle()
 
     async def _add(self, identity: Identity, key: ShareKey) -> Share:
-        number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
+        # Never one that was used before: a guest that caches ("loose") would show an earlier share's files.
+        self._last = number = self._last + 1
         row = self._journal.intend(self._pod, "share", key.path, {"number": number, "read_only": key.read_only})
-        self._numbers.add(number)
         name = identity.shown
         target = f"/run/mounts/shares/m{number}"
         share = Share(key, identity, number, name, f"{target}/{name}" if name else target, row)
@@ -225,32 +225,31 @@ class Shares:
             with contextlib.suppress(HoldfastError):  # it has none if it does not have the share, or does not live
                 await self._guest("Update", settings)
 
-    async def _guest(self, action: requests.RequestType, settings: requests.LCOWMappedDirectory) -> None:
+    async def _guest(
+        self, action: requests.RequestType, settings: requests.LCOWMappedDirectory, seconds: float = GUEST_SECONDS
+    ) -> None:
         request = requests.encode(requests.GuestRequest(action, settings))
-        await self._sandbox.request("modify", request, GUEST_SECONDS)
+        await self._sandbox.request("modify", request, seconds)
 
     def _withdraw(self, number: int, name: str) -> None:
         self._follower.forget(number)
         entry = f"{self._sandbox.export}/{number}"
         if name:
-            unmount(f"{entry}/{name}")
-            if os.path.lexists(f"{entry}/{name}"):
-                os.unlink(f"{entry}/{name}")
-        elif os.path.isdir(entry):
+            _clear_entry(entry, name)
+        else:
             _detach_tree(entry)
-        remove_mount_point(entry)
+            remove_mount_point(entry)
 
     async def _remove(self, _identity: Identity, share: Share) -> None:
         self._journal.releasing(share.row)
         target = f"/run/mounts/shares/m{share.number}"
         settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(share.number))
-        await while_alive(self._sandbox, lambda: self._guest("Remove", settings))
+        await while_alive(self._sandbox, lambda: self._guest("Remove", settings, FLUSH_SECONDS))
         self._take_back(share)
 
     def _take_back(self, share: Share) -> None:
         """The host's half of a removal; what stays published keeps its number and its line in the journal."""
         self._withdraw(share.number, share.file)
-        self._numbers.discard(share.number)
         self._journal.release(share.row)
 
     def items(self) -> list[tuple[Share, list[str]]]:

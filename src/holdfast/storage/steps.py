@@ -8,6 +8,8 @@ import msgspec
 
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 
+_OF_THE_HOST = ("blockIO", "network", "rdma")
+
 
 class Step(msgspec.Struct, frozen=True, tag_field="step", omit_defaults=True):
     """One step.  ``id`` names what it yields: a path in the guest, known when it has been done."""
@@ -186,6 +188,8 @@ class Plan(msgspec.Struct, frozen=True):
             mount["source"] = paths[rewrite.step]
             mount["options"] = list(rewrite.options)
         spec.pop("windows", None)
+        for name in _OF_THE_HOST:  # they name the host's disks and network interfaces
+            (spec.get("linux", {}).get("resources") or {}).pop(name, None)
         spec.pop("hooks", None)  # hooks are the host's programs; the guest has none of them
         spec.setdefault("linux", {})["cgroupsPath"] = f"/{self.container}"
         return spec

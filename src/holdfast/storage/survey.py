@@ -34,7 +34,8 @@ class Source(msgspec.Struct, frozen=True):
         why: for the last three: the kernel's text.
         disk_format: of what is used as a disk; see :func:`~holdfast.storage.disk_formats.probe_format`.
         filesystem: on a raw disk; empty when none is recognised or the format hides it.
-        mounted: a block device that the host itself uses: it, or a part of it, is mounted, swapped to, or in an array.
+        mounted: a block device that somebody uses alone: it, or a part of it, is mounted, swapped to, in an array, or
+            written to by a pod.
     """
 
     path: str
