@@ -24,6 +24,10 @@ from holdfast.machine.sandbox import Slot
 from holdfast.storage.attachments import Disk
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
+from holdfast.storage.steps import MountLayer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import bookkeeping
 
 HERE = Path(__file__).resolve().parent
 RESULTS: list[dict[str, Any]] = []
@@ -72,6 +76,17 @@ class Bench:
         paths = [str(self.folder / f"{prefix}{number}") for number in range(count)]
         for path in paths:
             subprocess.run(["cp", "--sparse=always", str(first), path], check=True)
+        return paths
+
+    def layers(self, count: int) -> list[str]:
+        """Small layer disks."""
+        tree = self.folder / "tree"
+        tree.mkdir()
+        (tree / "file").write_text("x")
+        paths = [str(self.folder / f"layer{number}") for number in range(count)]
+        subprocess.run(["mkfs.erofs", "--quiet", paths[0], str(tree)], check=True, stdout=subprocess.DEVNULL)
+        for path in paths[1:]:
+            subprocess.run(["cp", paths[0], path], check=True)
         return paths
 
 
@@ -165,6 +180,27 @@ async def by_hand(machine: vm.VirtualMachine, path: str) -> float:
     return taken
 
 
+async def layers_at_once(bench: Bench, count: int = 64) -> None:
+    """Layers of one container, as the engine attaches them, beside the same one by one."""
+    steps = tuple(MountLayer(f"layer{number}", path, "") for number, path in enumerate(bench.layers(count)))
+    taken: dict[str, list[float]] = {"one": [], "all": []}
+    for _ in range(3):
+        for how, batches in (("one", [(step,) for step in steps]), ("all", [steps])):
+            machine = await bench.clone()
+            with Journal(bench.folder / "state") as journal:
+                engine = Engine(machine, journal, "bench", bench.data)
+                started = time.perf_counter()
+                for number, batch in enumerate(batches):
+                    await engine.prepare(f"holder{number}", batch)
+                taken[how].append(time.perf_counter() - started)
+                await machine.close()
+                for holder in engine.held():
+                    await engine.release(holder)
+                journal.forget_pod("bench")
+    one, together = statistics.median(taken["one"]), statistics.median(taken["all"])
+    report(f"{count} layers attached and mounted at once", ms(together), "ms", one_by_one=ms(one), gain=one / together)
+
+
 def containers(bench: Bench, image: str) -> None:
     """A container's first output in a pod that is up, and the whole of ``run``."""
     firsts, wholes, monitors = [], [], []
@@ -227,6 +263,7 @@ async def machines(bench: Bench, disks: int) -> None:
     await boot_and_clone(bench)
     await round_trips(bench)
     await attach(bench, disks)
+    await layers_at_once(bench)
 
 
 def main() -> None:
@@ -246,6 +283,7 @@ def main() -> None:
         report("machine", 0, config.accelerator, memory_mib=config.memory_bytes >> 20, cpus=os.cpu_count())
         bench = Bench(Path(folder), data, config)
         asyncio.run(machines(bench, int(os.environ.get("HOLDFAST_BENCH_DISKS", "250"))))
+        bookkeeping.measure(report, Path(folder))
         containers(bench, busybox_image(bench))
         image_import()
     table()
