@@ -19,7 +19,18 @@ from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
 from holdfast.spec.default import CAPABILITIES
 from tests.images import busybox_tree, is_clean, make_bundle, make_disk, run
-from tests.vm.support import Session, assert_holds_nothing, output, running, sh, start, wait_for_end
+from tests.vm.support import (
+    HOST_PYTHON,
+    HOST_PYTHON_ENV,
+    HOST_USR,
+    Session,
+    assert_holds_nothing,
+    output,
+    running,
+    sh,
+    start,
+    wait_for_end,
+)
 
 MIB = 1 << 20
 
@@ -211,6 +222,47 @@ def test_a_dirty_journal_is_not_replayed(shared_pod, data, state_root, tmp_path,
     output(sh(shared_pod, "ls -l /d", mounts=[f"{mount},ro"]))  # what is in the journal alone is not there yet
     assert digest(disk) == before
     assert output(sh(shared_pod, "cat /d/kept", mounts=[mount])) == "kept\n"  # and to write it replays the journal
+    assert_holds_nothing(shared_pod)
+
+
+#: fstrim(8): FITRIM of all that is free.
+TRIM = """
+import fcntl, os, struct
+fcntl.ioctl(os.open("/d", os.O_RDONLY), 0xC0185879, struct.pack("=QQQ", 0, 1 << 62, 0))
+"""
+
+
+@pytest.mark.parametrize(("kind", "options"), [("qcow2", ",options=discard"), ("raw", "")], ids=["at once", "by hand"])
+def test_what_is_deleted_is_given_back_to_the_host(shared_pod, tmp_path, bundle_root, kind, options):
+    """A file of the host that only ever grows takes in the end what all its disks together could."""
+    disk = make_disk(tmp_path / "raw", "ext4", size="64M")
+    if kind != "raw":
+        run("qemu-img", "convert", "-f", "raw", "-O", kind, disk, tmp_path / "disk")
+        disk = tmp_path / "disk"
+    capabilities = {key: [*CAPABILITIES, "CAP_SYS_ADMIN"] for key in ("bounding", "effective", "permitted")}
+    script = """
+        dd if=/dev/zero of=/d/big bs=4M count=10 2>/dev/null; sync; echo written; read x
+        rm /d/big; sync; echo deleted; read x
+    """
+    bundle = make_bundle(
+        tmp_path / "bundle", ["sh", "-c", script], root={"path": str(bundle_root)},
+        process={"capabilities": capabilities},
+    )  # fmt: skip
+    request = container_request(
+        "c", shared_pod.data, bundle=bundle, stdio=Stdio(STDIN, STDOUT, STDERR),
+        mounts=[f"type=disk,src={disk},dst=/d{options}", *([] if options else [HOST_USR])],
+    )  # fmt: skip
+    with Session(shared_pod, "run", request, stdin=True) as session:
+        session.wait_for(b"written")
+        full = disk.stat().st_blocks * 512
+        session.write(b"\n")
+        session.wait_for(b"deleted")
+        if not options:
+            output(shared_pod.exec("c", [*HOST_PYTHON, "-c", TRIM], env=HOST_PYTHON_ENV))
+        session.write(b"\n")
+        assert session.wait() == 0
+    assert full > 40 * MIB
+    assert disk.stat().st_blocks * 512 < full - 35 * MIB
     assert_holds_nothing(shared_pod)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from holdfast.errors import HoldfastError, InUse, InvalidInput, NotFound, NotReleased, Unsupported
 from tests.images import is_clean, make_disk
 from tests.vm.cli import text
-from tests.vm.support import assert_holds_nothing, output, running, sh, start
+from tests.vm.support import BUSYBOX, assert_holds_nothing, output, running, sh, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +74,42 @@ def test_a_mount_point_that_was_there_stays(shared_pod, folder):
         output(shell(shared_pod, "echo x > /a/x"))
         shared_pod.detach("/a/b", container="c")
         assert output(shell(shared_pod, "ls /a")) == "x\n"
+    assert_holds_nothing(shared_pod)
+
+
+#: Names that are written otherwise in a mount table: octal numbers for white space and backslashes (proc(5)), which
+#: must be read back, but just once.
+ODD = ("a b", "back\\slash", "new\nline", "\\040\t#", " ")
+
+
+def odd_mounts(folder: Path, disk: Path, below: str) -> dict[str, dict[str, Any]]:
+    """Mounts by their destination; ``file`` is in each, or is it."""
+    share = {"type": "bind", "source": str(folder), "options": ["rbind", "ro"]}
+    file = {"type": "bind", "source": str(folder / "file"), "options": ["bind", "ro"]}
+    device = {"type": "virtual-disk", "source": str(disk), "options": ["rw"]}
+    mounts = {f"{below}/folders/{name}": share for name in ODD}
+    mounts[f"{below}/files\t/{ODD[2]}"] = file
+    mounts[f"{below}/{'/'.join(ODD)}/disk \\040\n"] = device
+    return {destination: {**mount, "destination": destination} for destination, mount in mounts.items()}
+
+
+def test_destinations_that_a_mount_table_writes_otherwise(shared_pod, folder, tmp_path):
+    mounts = odd_mounts(folder, make_disk(tmp_path / "disk", "ext4", folder), "/odd")
+    script = 'for path; do test -d "$path" && path="$path/file"; cat "$path" || echo "not $path"; done'
+    with running(shared_pod, "c"):
+        for mount in mounts.values():
+            shared_pod.attach(mount, container="c")
+        assert output(shared_pod.exec("c", ["sh", "-c", script, "sh", *mounts])) == "from the host\n" * len(mounts)
+        for destination in reversed(mounts):
+            shared_pod.detach(destination, container="c")
+            with pytest.raises(NotFound):
+                shared_pod.detach(destination, container="c")
+        # All that was made is gone again.
+        assert output(shell(shared_pod, "grep -c /odd /proc/self/mountinfo; ls -d /od*; true")) == "0\n"
+        assert [a["kind"] for a in shared_pod.storage()["attachments"]] == ["layer", "layer", "scratch"]
+    # And from the start, by the runtime.
+    result = shared_pod.run(BUSYBOX, ["sh", "-c", script, "sh", *mounts], mounts=list(mounts.values()))
+    assert output(result) == "from the host\n" * len(mounts)
     assert_holds_nothing(shared_pod)
 
 

@@ -9,12 +9,14 @@ import msgspec
 import pytest
 
 from holdfast.api import container_request
+from holdfast.errors import InvalidInput
 from holdfast.image import erofs
 from holdfast.machine.sandbox import Slot
-from holdfast.pod.client import STDOUT
+from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
 from holdfast.spec import guest_requests as requests
-from tests.vm.support import BUSYBOX, Session, assert_holds_nothing, start
+from tests.images import busybox_tree, make_bundle
+from tests.vm.support import BUSYBOX, Session, assert_holds_nothing, output, start
 from tests.vm.test_machine import cloned
 
 if TYPE_CHECKING:
@@ -70,6 +72,62 @@ def test_one_layer_is_attached_once_for_all_containers(shared_pod):
         one.end_input()
         one.wait()
     assert_holds_nothing(shared_pod)
+
+
+@pytest.mark.parametrize(("count", "verity"), [(1, False), (1, True), (2, False)], ids=["one", "one, checked", "two"])
+def test_a_root_without_a_scratch_disk(shared_pod, tmp_path, count, verity):
+    """One layer is bound, as overlayfs wants two; nobody can write to either, and both go like any other root."""
+    (tmp_path / "shared").mkdir()
+    script = """
+        cat /etc/group | head -n1; cat /etc/release
+        for change in 'touch /new' 'rm /etc/passwd' 'mkdir /etc/new' 'chmod 777 /etc' 'mv /home /house'
+        do $change 2>&1 | grep -c 'Read-only file system'; done
+        echo x >> /etc/group
+        echo shared > /mnt/file; echo up; read x; exit 3
+    """
+    request = container_request(
+        "c", shared_pod.data, image=BUSYBOX, args=["sh", "-c", script], stdio=Stdio(STDIN, STDOUT, STDERR),
+        mounts=[f"type=bind,src={tmp_path}/shared,dst=/mnt"], scratch_bytes=0, verity=verity,
+    )  # fmt: skip
+    root = msgspec.structs.replace(request.root, layers=request.root.layers[-count:])
+    with Session(shared_pod, "run", msgspec.structs.replace(request, root=root), stdin=True) as session:
+        session.wait_for(b"up")
+        attached = shared_pod.storage()["attachments"]
+        assert [(disk["kind"], disk["read_only"]) for disk in attached] == [("layer", True)] * count
+        release = ["tests"] if count == 2 else []
+        assert session.output[STDOUT].decode().split("\n") == ["root:x:0:", *release, *["1"] * 5, "up", ""]
+        assert session.output[STDERR].count(b"Read-only file system") == 1
+        assert output(shared_pod.exec("c", ["cat", "/mnt/file"])) == "shared\n"
+        # What is attached meanwhile needs a place that is there.
+        assert shared_pod.attach(f"type=bind,src={tmp_path}/shared,dst=/root", container="c")
+        with pytest.raises(InvalidInput, match="Read-only file system") as caught:
+            shared_pod.attach(f"type=bind,src={tmp_path},dst=/nowhere/yet", container="c")
+        assert caught.value.code == "mount-point"
+        assert output(shared_pod.exec("c", ["cat", "/root/file"])) == "shared\n"
+        session.write(b"\n")
+        assert session.wait() == 3
+    assert_holds_nothing(shared_pod)
+
+
+def test_the_layer_folders_of_a_bundle(shared_pod, tmp_path):
+    """Top-most first, as hcsshim lists them, and the one of a scratch disk last; relative ones are the bundle's own."""
+    bundle = tmp_path / "bundle"
+    for name, where in (("below", bundle / "below"), ("top", tmp_path / "elsewhere")):
+        tree = tmp_path / f"{name}-tree"
+        if name == "below":
+            busybox_tree(tree)
+        (tree / "etc").mkdir(parents=True, exist_ok=True)
+        (tree / "same").write_text(f"{name}\n")
+        (tree / "etc" / name).write_text(f"{name}\n")
+        where.mkdir(parents=True)
+        erofs.make(str(tree), str(where / "layer.erofs"), name)
+    for folders, first in (([tmp_path / "elsewhere", "below"], "top"), (["below", tmp_path / "elsewhere"], "below")):
+        windows = {"layerFolders": [*map(str, folders), str(tmp_path / "no such folder")]}
+        make_bundle(
+            bundle, ["sh", "-c", "cat /same; cd /etc; ls below top; cat below top"], root={"path": ""}, windows=windows
+        )
+        assert output(shared_pod.run(bundle=bundle)).split() == [first, "below", "top", "below", "top"]
+        assert_holds_nothing(shared_pod)
 
 
 @pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -292,6 +293,38 @@ def test_options_of_a_mount(shared_pod, tmp_path):
     shutil.copy("/bin/busybox", share / "true")
     result = sh(shared_pod, "/s/true", mounts=[f"type=bind,src={share},dst=/s,noexec"])
     assert b"Permission denied" in result.stderr
+
+
+@pytest.mark.parametrize("prefix", ["no", "rno"])
+def test_options_that_forbid_hold_in_the_container(shared_pod, folder, tmp_path, prefix):
+    """Also in the spelling for whole trees (mount_setattr(2)), from the start and into a running container alike."""
+    shutil.copy("/bin/busybox", folder / "true")
+    os.mknod(folder / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    disk = make_disk(tmp_path / "disk", "ext4", folder)
+    options = [prefix + name for name in ("exec", "suid", "dev")]
+    share = {"type": "bind", "source": str(folder), "options": ["rbind", "rw", *options]}
+    device = {"type": "virtual-disk", "source": str(disk), "options": ["rw", *options]}
+    script = """
+        for at; do
+            grep " $at " /proc/mounts | cut -d' ' -f4
+            $at/true 2>&1 | grep -c 'Permission denied'
+            { echo x > $at/null; } 2>&1 | grep -c -E 'Permission denied|Operation not permitted'
+            echo x > $at/new && cat $at/new
+        done
+    """
+    mounts = [{**share, "destination": "/share"}, {**device, "destination": "/disk"}]
+    with running(shared_pod, "c", mounts) as name:
+        shared_pod.attach({**share, "destination": "/hot"}, container=name)
+        places = ["/share", "/disk", "/hot"]
+        lines = output(shared_pod.exec(name, ["sh", "-c", script, "sh", *places])).splitlines()
+        for place in places:
+            assert {"rw", "noexec", "nosuid", "nodev"} <= set(lines.pop(0).split(",")), place
+            assert [lines.pop(0) for _ in range(3)] == ["1", "1", "x"], place
+    assert (folder / "new").read_text() == "x\n"
+    # The same share without them, at the same time and later, has none of them.
+    plain = f"type=bind,src={folder},dst=/plain"
+    assert sh(shared_pod, "/plain/true", mounts=[plain]).status == 0
+    assert_holds_nothing(shared_pod)
 
 
 def test_one_disk_by_many_names_is_one_attachment(shared_pod, folder, tmp_path):

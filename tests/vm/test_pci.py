@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import holdfast
-from holdfast.errors import MachineFailed, NotFound, Unsupported
+from holdfast.errors import HoldfastError, MachineFailed, NotFound, Unsupported
 from holdfast.machine import accelerator, guest_image, template
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES, MachineConfig
 from holdfast.pod.containers import Containers
@@ -18,6 +18,7 @@ from holdfast.pod.messages import Stdio
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
 from holdfast.storage.pci import PCI, FunctionKey, Functions
+from tests.fakes import Faulty
 from tests.vm.support import BUSYBOX
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class Rig:
         self.journal = journal
         self.folder = folder
         self.data = data
-        self.functions = Functions(machine, machine, journal, "pod", EMULATED.__getitem__)
-        self.engine = Engine(machine, journal, "pod", data, functions=self.functions)
+        self.faulty = Faulty(machine)
+        self.functions = Functions(self.faulty, machine, journal, "pod", EMULATED.__getitem__)
+        self.engine = Engine(self.faulty, journal, "pod", data, functions=self.functions)
         self.containers = Containers("pod", folder, machine, self.engine)
 
     async def start(self, name: str, script: str, *devices: FunctionKey) -> None:
@@ -134,6 +136,22 @@ def test_what_cannot_be_plugged_in_leaves_nothing(run):
                 await rig.run("a", "true", DISK, NONE)
             assert await rig.in_qemu() == []
             assert rig.engine.held() == []
+
+    run(test)
+
+
+def test_a_guest_that_does_not_find_it(run):
+    """The host's half is done by then, and is undone; the port is free for the next one, who gets the device."""
+
+    async def test(rig: Rig) -> None:
+        for after in (False, True):
+            rig.faulty.fail("Add VPCIDevice", after=after)
+            with pytest.raises(HoldfastError, match="injected"):
+                await rig.run("a", "true", DISK)
+            assert await rig.in_qemu() == []
+            assert (rig.functions.describe(), rig.engine.held(), rig.journal.held()) == ([], [], [])
+        assert await rig.run("a", "ls /dev/vd*; head -c 4096 /dev/vdb | tr '\\0' x | wc -c", DISK) == "/dev/vdb\n4096\n"
+        assert await rig.in_qemu() == []
 
     run(test)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -13,20 +14,27 @@ import pytest
 
 import holdfast
 from holdfast.api import container_request
-from holdfast.errors import GuestFailed
+from holdfast.errors import GuestFailed, HoldfastError, NotReleased
 from holdfast.image.store import ImageStore
+from holdfast.machine import accelerator, guest_image, ports, template
+from holdfast.machine.config import DEFAULT_MEMORY_BYTES, MachineConfig
 from holdfast.pod.client import STDERR, STDIN, STDOUT
+from holdfast.pod.containers import Containers
 from holdfast.pod.messages import Stdio
 from holdfast.spec.pmem import COUNT, PAGE, SIZE, PmemLimits
+from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
-from holdfast.storage.pmem import whole_pages
+from holdfast.storage.pmem import PmemLayers, whole_pages
+from tests.fakes import Faulty
 from tests.images import make_bundle
 from tests.vm.cli import fails, text
-from tests.vm.support import BUSYBOX, RICH, Session, assert_holds_nothing, running
+from tests.vm.support import BUSYBOX, RICH, Session, assert_holds_nothing, output, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from holdfast.machine.vm import VirtualMachine
 
 #: Of BUSYBOX.
 LAYERS = 2
@@ -134,6 +142,130 @@ def test_what_does_not_fit_becomes_a_disk(data, rich_tree, state_root):
         with running_on_pmem(pod, "a"):
             assert (pod.storage()["pmem"], disks(pod)) == ([], LAYERS)
         assert_holds_nothing(pod)
+
+
+def test_two_devices(data, state_root):
+    """Each has room for one large layer: both are used, and used again; what finds no room meanwhile is a disk."""
+    room = whole_pages(max(os.stat(layer.disk).st_size for layer in ImageStore(data).get(BUSYBOX).layers))
+    with holdfast.Pod(root=state_root, data=data, pmem=PmemLimits(2, room)) as pod:
+        for again in (False, True):
+            with running_on_pmem(pod, "a"):
+                places = [(layer["device"], layer["offset"]) for layer in pod.storage()["pmem"]]
+                assert places == [(0, 0), (1, 0)]
+                assert disks(pod) == 0
+                assert output(pod.exec("a", ["cat", "/etc/release", "/etc/not-executable"])) == "tests\n#!/bin/sh\n"
+                if again:
+                    with running_on_pmem(pod, "b", verity=True):  # another of each: there is room beside the small one
+                        assert [layer["holders"] for layer in pod.storage()["pmem"]].count(["a"]) == LAYERS
+                        assert (len(pod.storage()["pmem"]), disks(pod)) == (LAYERS + 1, 1)
+            assert pod.storage()["pmem"] == []
+            assert_holds_nothing(pod)
+
+
+class Rig:
+    """A machine whose steps can fail, with an engine that has room for one layer in each of two devices."""
+
+    def __init__(self, machine: VirtualMachine, journal: Journal, folder: Path, data: Path) -> None:
+        self.machine = machine
+        self.journal = journal
+        self.folder = folder
+        self.data = data
+        self.faulty = Faulty(machine)
+        room = whole_pages(max(os.stat(layer.disk).st_size for layer in ImageStore(data).get(BUSYBOX).layers))
+        self.pmem = PmemLayers(
+            self.faulty, machine, journal, "pod", data, PmemLimits(2, room),
+            room_bytes=ports.pmem_room_bytes(DEFAULT_MEMORY_BYTES), stale_code=True,
+        )  # fmt: skip
+        self.engine = Engine(self.faulty, journal, "pod", data, pmem=self.pmem)
+        self.containers = Containers("pod", folder, machine, self.engine)
+
+    async def run(self, name: str, script: str = "cat /etc/release") -> str:
+        """What a container prints."""
+        request = container_request(
+            name, self.data, image=BUSYBOX, args=["sh", "-c", script], pmem=True, stdio=Stdio(detach=True)
+        )
+        await self.containers.run(None, request)  # type: ignore[arg-type]
+        assert await self.containers.wait(name) == 0
+        await self.engine.release(name)
+        return (self.folder / f"{name}.log").read_text()
+
+    async def assert_nothing_left(self) -> None:
+        """Nothing is held, mounted or stored; that the devices themselves stay is QEMU's doing."""
+        assert (self.engine.held(), self.pmem.items(), self.journal.held()) == ([], [], [])
+        assert "/run/layers" not in (await self.machine.request("mounts", {}, 5))["mountinfo"]
+        for device in self.pmem._devices:
+            assert device.pool.taken == []
+            assert os.fstat(device.fd).st_blocks == 0
+
+
+@pytest.fixture
+def run(data, state_root, tmp_path):
+    def run(test: Any) -> None:
+        async def main() -> None:
+            guest = guest_image.find(data) or guest_image.ensure(data)
+            version = accelerator.cached_qemu_version(data)
+            config = MachineConfig(guest, "tcg", DEFAULT_MEMORY_BYTES, 1, version, True)
+            folder, _ = await template.ensure(data, config, lambda _text: None)
+            (tmp_path / "export").mkdir()
+            machine = await template.clone(
+                folder, config, export=str(tmp_path / "export"), console_log=str(tmp_path / "console")
+            )
+            with Journal(state_root) as journal:
+                rig = Rig(machine, journal, tmp_path, data)
+                try:
+                    await test(rig)
+                finally:
+                    await machine.close()
+                    rig.pmem.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_a_guest_that_does_not_mount_it(run):
+    """It fails, or its answer is lost, for one layer or for both: all is undone, and the places are used again."""
+
+    async def test(rig: Rig) -> None:
+        for count, after in ((1, False), (2, False), (1, True), (2, True)):
+            faults = [rig.faulty.fail("Add VPMemDevice", after=after) for _ in range(count)]
+            with pytest.raises(HoldfastError, match="injected"):
+                await rig.run("a")
+            assert all(fault.reached.is_set() for fault in faults)
+            await rig.assert_nothing_left()
+        assert await rig.run("a") == "tests\n"
+        await rig.assert_nothing_left()
+        assert len(rig.pmem._devices) == 2
+
+    run(test)
+
+
+def test_a_guest_that_does_not_unmount_it(run):
+    """It stays recorded, and nobody joins or replaces it, until it is gone; whoever comes next tries that first."""
+
+    async def test(rig: Rig) -> None:
+        for after in (False, True):
+            rig.faulty.fail("Remove VPMemDevice", after=after, always=True)
+            with pytest.raises(NotReleased):
+                await rig.run("a")
+            assert {row.kind for row in rig.journal.held()} == {"pmem"}
+            assert [mount.number for mount, _ in rig.pmem.items()] == [0, 1]
+            with pytest.raises(HoldfastError, match="injected"):
+                await rig.run("b")
+            rig.faulty.heal()
+            await rig.engine.release("a")
+            await rig.assert_nothing_left()
+            # Neither made nor unmade, and held by nobody.
+            rig.faulty.fail("Add VPMemDevice", after=True)
+            rig.faulty.fail("Remove VPMemDevice", after=after)
+            with pytest.raises(HoldfastError, match="injected") as caught:
+                await rig.run("c")
+            assert caught.value.causes
+            assert [holders for _, holders in rig.pmem.items()] == [[]]
+            assert await rig.run("c") == "tests\n" * (1 + after)  # the log goes on
+            await rig.assert_nothing_left()
+
+    run(test)
 
 
 def test_verified_layers(pmem_pod):
