@@ -27,7 +27,7 @@ from holdfast.storage.journal import Journal
 from holdfast.storage.steps import MountLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import bookkeeping
+from bench import bookkeeping, mounts
 
 HERE = Path(__file__).resolve().parent
 RESULTS: list[dict[str, Any]] = []
@@ -284,6 +284,7 @@ def main() -> None:
         bench = Bench(Path(folder), data, config)
         asyncio.run(machines(bench, int(os.environ.get("HOLDFAST_BENCH_DISKS", "250"))))
         bookkeeping.measure(report, Path(folder))
+        mounts.measure(report)
         containers(bench, busybox_image(bench))
         image_import()
     table()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,14 @@ import pytest
 
 from holdfast.errors import NotReleased
 from holdfast.linux import syscalls
-from holdfast.mounts import unmount as module
 from holdfast.mounts.unmount import remove_mount_point, unmount
 from tests import leaks
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# In the package this name is the library's function.
+module = importlib.import_module("holdfast.mounts.unmount")
 
 
 @pytest.fixture

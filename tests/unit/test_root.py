@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import InvalidInput
+from holdfast.linux import syscalls
 from holdfast.mounts.root import Root, remove_tree, split
 
 
@@ -194,6 +195,106 @@ def test_a_rename_race_never_leads_outside(inside: Path) -> None:
     finally:
         stop.set()
         thread.join()
+    assert untouched(inside)
+
+
+@pytest.mark.parametrize("action", ["mkdir_all", "create", "remove_tree", "rename", "symlink"])
+def test_no_race_leads_anything_outside(inside: Path, action: str) -> None:
+    """As above, one directory deeper, with everything that makes or removes a name."""
+    (inside / "dir/sub").mkdir(parents=True)
+    (inside / "evil").symlink_to("../outside")
+    (inside.parent / "outside/sub").mkdir()
+    (inside.parent / "outside/sub/precious").write_text("kept")
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            syscalls.renameat2(str(inside / "dir"), str(inside / "evil"), syscalls.RENAME_EXCHANGE)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    done = 0
+    try:
+        with Root(str(inside)) as root:
+            actions = {
+                "mkdir_all": lambda: root.mkdir_all(b"dir/sub/made/below").close(),
+                "create": lambda: root.create(b"dir/sub/made").close(),
+                "remove_tree": lambda: None,
+                "rename": lambda: root.rename(b"dir/sub", b"dir/made"),
+                "symlink": lambda: root.symlink(b"/", b"dir/sub/made"),
+            }
+            for _ in range(300):
+                for step in (actions[action], lambda: root.remove_tree(b"dir/sub/made")):
+                    try:
+                        step()
+                        done += 1
+                    except OSError:
+                        continue
+                if action == "rename":
+                    try:
+                        root.rename(b"dir/made", b"dir/sub")
+                    except OSError:
+                        continue
+                elif action == "remove_tree":
+                    try:
+                        root.remove_tree(b"dir/sub")
+                        root.mkdir_all(b"dir/sub").close()
+                    except OSError:
+                        continue
+    finally:
+        stop.set()
+        thread.join()
+    assert done
+    outside = inside.parent / "outside"
+    assert sorted(path.name for path in outside.iterdir()) == ["sentinel", "sub"]
+    assert [path.name for path in (outside / "sub").iterdir()] == ["precious"]
+    assert (outside / "sub/precious").read_text() == "kept"
+
+
+# The table of continuity's fs.RootPath, which walks by name: (links, root, path, where it leads; None: too many links).
+# Where it answers for a name that does not exist, openat2(2) says ENOENT: so everything exists here.
+_ROOT_PATHS = [
+    ({"fs/a/d": "/b"}, "", "fs/a/d/c/data", "b/c/data"),
+    ({"fs/i": "a"}, "", "fs/i", "fs/a"),
+    ({"linkdir": "realdir"}, "linkdir", "foo/bar", "realdir/foo/bar"),
+    ({"fs/a/d": "/b"}, "", "fs/a/d", "b"),
+    ({"fs/a/e": "../b"}, "", "fs/a/e/c/data", "fs/b/c/data"),
+    ({"fs/a/e": "../b"}, "fs/a", "e", "fs/a/b"),
+    ({"fs/a/f": "../../../../test"}, "", "fs/a/f", "test"),
+    ({"fs/a/f": "../../../../test"}, "fs", "a/f", "fs/test"),
+    ({"fs/b/h": "../g", "fs/g": "../" * 12 + "root"}, "", "fs/b/h", "root"),
+    ({"fs/j/k": "../i/a"}, "fs/j", "k", "fs/j/i/a"),
+    ({"foo": "/"}, "", "foo", ""),
+    ({"foo": "/../../"}, "", "foo", ""),
+    ({"foo": "../../"}, "", "foo", ""),
+    ({"bar/foo": "baz/target"}, "", "bar/foo", "bar/baz/target"),
+    ({"root": "root2", "root2/foo": "../bar"}, "root", "foo", "root2/bar"),
+    ({"root/foo": "foo"}, "root", "foo", None),
+    ({"bar": "foo", "foo": "bar"}, "", "foo", None),
+    ({"root/bar": "baz", "root/baz": "../bak", "root/bak": "/bar"}, "root", "bar", None),
+    ({"root/slash": "/", "root/sym": "/slash/../slash"}, "root", "sym/file", "root/file"),
+    ({"root/sym": "/foo/bar", "root/hello": "/sym/../baz"}, "root", "hello", "root/foo/baz"),
+]
+
+
+@pytest.mark.parametrize(("links", "root", "path", "where"), _ROOT_PATHS)
+def test_paths_lead_where_those_of_containerd_do(
+    inside: Path, links: dict[str, str], root: str, path: str, where: str | None
+) -> None:
+    if where:
+        (inside / where).mkdir(parents=True, exist_ok=True)
+    for name, target in links.items():
+        (inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (inside / name).symlink_to(target)
+    for name in ("root2", "realdir", "root/foo/bar" if "root/sym" in links else "x"):
+        (inside / name).mkdir(parents=True, exist_ok=True)
+    with Root(str(inside / root)) as opened:
+        if where is None:
+            with pytest.raises(OSError, match="symbolic links"):
+                opened.resolve(os.fsencode(path))
+        else:
+            with opened.resolve(os.fsencode(path)) as found:
+                assert os.path.samestat(os.stat(found.fileno()), os.stat(inside / where))
     assert untouched(inside)
 
 

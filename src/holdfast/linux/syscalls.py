@@ -16,6 +16,16 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
+AT_NO_AUTOMOUNT = 0x800
+AT_STATX_DONT_SYNC = 0x4000
+
+STATX_MNT_ID = 0x1000
+STATX_MNT_ID_UNIQUE = 0x4000
+STATX_ATTR_MOUNT_ROOT = 0x2000
+
+STATMOUNT_SB_BASIC = 0x01
+STATMOUNT_MNT_BASIC = 0x02
+STATMOUNT_MNT_POINT = 0x10
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -44,6 +54,7 @@ MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
+CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
@@ -68,7 +79,9 @@ MOUNT_ATTR_NOSUID = 0x00000002
 MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOEXEC = 0x00000008
 MOUNT_ATTR__ATIME = 0x00000070
+MOUNT_ATTR_RELATIME = 0x00000000
 MOUNT_ATTR_NOATIME = 0x00000010
+MOUNT_ATTR_STRICTATIME = 0x00000020
 MOUNT_ATTR_NODIRATIME = 0x00000080
 MOUNT_ATTR_IDMAP = 0x00100000
 MOUNT_ATTR_NOSYMFOLLOW = 0x00200000
@@ -115,6 +128,9 @@ _NR = {
     "inotify_init1": 294,
     "inotify_add_watch": 254,
     "inotify_rm_watch": 255,
+    "statx": 332,
+    "statmount": 457,
+    "listmount": 458,
 }
 
 # Every argument is a machine word: pointers are passed as addresses of buffers kept alive by the caller.
@@ -135,6 +151,64 @@ class _MountAttr(ctypes.Structure):
         ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
     )
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("stx_mask", ctypes.c_uint32),
+        ("stx_blksize", ctypes.c_uint32),
+        ("stx_attributes", ctypes.c_uint64),
+        ("_unused", ctypes.c_uint8 * 128),
+        ("stx_mnt_id", ctypes.c_uint64),
+        ("_spare", ctypes.c_uint8 * 104),
+    )
+
+
+class _MntIdReq(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("spare", ctypes.c_uint32),
+        ("mnt_id", ctypes.c_uint64),
+        ("param", ctypes.c_uint64),
+    )
+
+
+class _Statmount(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("mnt_opts", ctypes.c_uint32),
+        ("mask", ctypes.c_uint64),
+        ("sb_dev_major", ctypes.c_uint32),
+        ("sb_dev_minor", ctypes.c_uint32),
+        ("sb_magic", ctypes.c_uint64),
+        ("sb_flags", ctypes.c_uint32),
+        ("fs_type", ctypes.c_uint32),
+        ("mnt_id", ctypes.c_uint64),
+        ("mnt_parent_id", ctypes.c_uint64),
+        ("mnt_id_old", ctypes.c_uint32),
+        ("mnt_parent_id_old", ctypes.c_uint32),
+        ("mnt_attr", ctypes.c_uint64),
+        ("mnt_propagation", ctypes.c_uint64),
+        ("mnt_peer_group", ctypes.c_uint64),
+        ("mnt_master", ctypes.c_uint64),
+        ("propagate_from", ctypes.c_uint64),
+        ("mnt_root", ctypes.c_uint32),
+        ("mnt_point", ctypes.c_uint32),
+        ("_spare", ctypes.c_uint64 * 50),
+        ("text", ctypes.c_char * 8192),
+    )
+
+
+class MountFacts:
+    """What statmount(2) says of a mount; numbers are those of mountinfo, ``point`` is empty if it cannot be reached."""
+
+    __slots__ = ("attributes", "number", "parent", "point")
+
+    def __init__(self, number: int, parent: int, attributes: int, point: bytes) -> None:
+        self.number = number
+        self.parent = parent
+        self.attributes = attributes
+        self.point = point
 
 
 class _Timespec(ctypes.Structure):
@@ -220,10 +294,11 @@ def move_mount(from_fd: int, from_path: str | bytes, to_fd: int, to_path: str | 
 
 
 def mount_setattr(
-    fd: int, path: str | bytes, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
-) -> None:
+    fd: int, path: str | bytes, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0,
+    userns_fd: int = 0,
+) -> None:  # fmt: skip
     """mount_setattr(2), Linux 5.12."""
-    attr = _MountAttr(attr_set, attr_clr, propagation, 0)
+    attr = _MountAttr(attr_set, attr_clr, propagation, userns_fd)
     _call("mount_setattr", path, fd, os.fsencode(path), flags, ctypes.addressof(attr), ctypes.sizeof(attr))
 
 
@@ -250,6 +325,38 @@ def fsconfig_create(fs_fd: int) -> None:
 def fsmount(fs_fd: int, attr_flags: int = 0) -> int:
     """fsmount(2), Linux 5.2."""
     return _call("fsmount", None, fs_fd, FSMOUNT_CLOEXEC, attr_flags)
+
+
+def statx_mount(dir_fd: int, path: str | bytes, flags: int = 0, mask: int = STATX_MNT_ID) -> tuple[int, bool]:
+    """statx(2): the number of the mount that ``path`` is in, and whether it is that mount's root.  Linux 5.8.
+
+    The number is 0 on a kernel that does not give what ``mask`` asks for.  Nothing is asked of a remote server.
+    """
+    found = _Statx()
+    how = flags | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
+    _call("statx", path, dir_fd, os.fsencode(path), how, mask, ctypes.addressof(found))
+    number = int(found.stx_mnt_id) if found.stx_mask & mask else 0
+    return number, bool(found.stx_attributes & STATX_ATTR_MOUNT_ROOT)
+
+
+def statmount(unique_id: int) -> MountFacts:
+    """statmount(2), Linux 6.8: one mount, by its unique number."""
+    mask = STATMOUNT_MNT_BASIC | STATMOUNT_MNT_POINT
+    request = _MntIdReq(ctypes.sizeof(_MntIdReq), 0, unique_id, mask)
+    found = _Statmount()
+    _call("statmount", None, ctypes.addressof(request), ctypes.addressof(found), ctypes.sizeof(found), 0)
+    point = b""
+    if found.mask & STATMOUNT_MNT_POINT:
+        point = ctypes.string_at(ctypes.addressof(found) + _Statmount.text.offset + found.mnt_point)
+    return MountFacts(found.mnt_id_old, found.mnt_parent_id_old, found.mnt_attr, point)
+
+
+def listmount(unique_id: int, after: int = 0) -> list[int]:
+    """listmount(2), Linux 6.8: unique numbers of the next 512 mounts below one, those after ``after``."""
+    request = _MntIdReq(ctypes.sizeof(_MntIdReq), 0, unique_id, after)
+    found = (ctypes.c_uint64 * 512)()
+    count = _call("listmount", None, ctypes.addressof(request), ctypes.addressof(found), 512, 0)
+    return list(found[:count])
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -81,6 +81,9 @@ def is_flag(word: str) -> bool:
     return lowered in FLAG_NAMES or (lowered[:1] == "r" and lowered[1:] in _FLAGS)
 
 
+_ALL_FLAGS = frozenset((*_FLAGS, *("r" + name for name in _FLAGS), *_CALL_FLAGS, *_PROPAGATION))
+
+
 class MountOptions:
     """What :func:`parse` found.
 
@@ -114,6 +117,13 @@ class MountOptions:
         return f"MountOptions({self.flags:#x}, {self.recursive:#x}, {self.propagation}, {self.data})"
 
 
+def words(options: MountOptions) -> list[str]:
+    """The flags of a mount and its propagation, as plain words; whether it is read-only is not among them."""
+    flags = [name for name, (bits, sets) in _FLAGS.items() if sets and bits & options.flags and name != "ro"]
+    names = {value: name for name, value in _PROPAGATION.items()}
+    return flags + [names[value] for value in options.propagation]
+
+
 def split(options: str | Iterable[str]) -> list[str]:
     """Single options: an element may hold several, as in ``lowerdir=a,upperdir=b``.
 
@@ -121,6 +131,9 @@ def split(options: str | Iterable[str]) -> list[str]:
     """
     words: list[str] = []
     for element in [options] if isinstance(options, str) else options:
+        if "\\" not in element and '"' not in element:
+            words += element.split(",")
+            continue
         start, quoted, escaped = 0, False, False
         for index, letter in enumerate(element):
             if escaped:
@@ -166,7 +179,9 @@ def parse(options: str | Iterable[str]) -> MountOptions:
     flags = recursive = 0
     propagation: list[int] = []
     data: list[str] = []
-    for word in words:
+    for given in words:
+        # Engines that drive utility VMs write flags in any case; what is left goes on as it was written.
+        word = given.lower() if given.lower() in _ALL_FLAGS else given
         name, is_recursive = word, False
         if word not in _FLAGS and word[1:] in _FLAGS and word[0] == "r":
             name, is_recursive = word[1:], True

@@ -7,6 +7,7 @@ import os
 
 from holdfast.errors import NotReleased
 from holdfast.linux import syscalls
+from holdfast.mounts import table
 
 #: More mounts than this stacked on one path is a mistake, not a use.
 _MOST_STACKED = 64
@@ -28,6 +29,19 @@ def unmount(target: str) -> None:
     raise NotReleased(
         "unmount", subject=target, why=f"more than {_MOST_STACKED} mounts are stacked on it", code="mount-busy"
     )
+
+
+def unmount_below(target: str) -> None:
+    """Unmounts what is mounted below ``target``, the deepest first, not ``target`` itself.
+
+    A container with the right to mount leaves such things, where its mounts are shared with what they were made from.
+
+    Raises:
+        NotReleased: somebody still uses it.
+    """
+    for entry in reversed(table.within(target.rstrip("/"))):
+        if entry.target != target.rstrip("/"):
+            unmount(entry.target)
 
 
 def remove_mount_point(target: str) -> None:

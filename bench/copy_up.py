@@ -1,0 +1,98 @@
+"""Filling an image's volume, beside ``cp -a`` of the same tree: 5,000 files of 200 MB, some with holes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from typing import TYPE_CHECKING
+
+from holdfast.linux import syscalls
+from holdfast.mounts.copy_up import copy_up
+from holdfast.mounts.root import Root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FOLDERS, FILES, ROUNDS = 250, 20, 5
+SIZES = (200, 2_000, 8_000, 20_000, 40_000, 60_000, 150_000)
+
+
+def measure(report: Callable[..., None], folder: Path) -> None:
+    """Prints every figure: a copy within the folder's file system, and one into memory, as in a machine."""
+    tree = folder / "copy-up/tree"
+    _make(tree)
+    # The host's memory, and not a mount, so that this needs no namespace of its own.
+    with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir="/dev/shm") as memory:
+        for where, name in ((str(tree.parent), "on one disk"), (memory, "from disk into memory")):
+            ours, theirs = _compare(tree, where, keep=where != memory)
+            report(
+                f"fill a volume, 5,000 files of 200 MB, {name}", ours * 1000, "ms",
+                cp=theirs * 1000, ratio=ours / theirs, limit="1 times cp -a",
+            )  # fmt: skip
+    shutil.rmtree(tree.parent)
+
+
+def _make(tree: Path) -> None:
+    numbers = random.Random(1)  # noqa: S311
+    data = numbers.randbytes(1 << 20)
+    for folder in range(FOLDERS):
+        where = tree / f"d{folder % 25}/s{folder}"
+        where.mkdir(parents=True)
+        for file in range(FILES):
+            start = numbers.randrange(1 << 19)
+            with open(where / f"f{file}", "wb") as out:
+                out.write(data[start : start + numbers.choice(SIZES)])
+                if file == 0:  # a hole in each twentieth
+                    out.seek(1 << 20, os.SEEK_CUR)
+                    out.write(b"end")
+    _sync(str(tree))
+
+
+def _sync(where: str) -> None:
+    """So that what is still to be written is not written during what is measured next."""
+    fd = os.open(where, os.O_RDONLY)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+def _compare(tree: Path, where: str, *, keep: bool) -> tuple[float, float]:
+    """Medians of seconds, one and the other in turn, so that both see the same machine.
+
+    Args:
+        tree: what is copied.
+        where: into this folder.
+        keep: remove no copy before the end: for some seconds ext4 looks for other inodes than those just freed, and
+            that takes longer than copying.
+    """
+    taken: dict[str, list[float]] = {"ours": [], "cp": []}
+    for number in range(ROUNDS):
+        for who, how in (("ours", _ours), ("cp", _cp)):
+            started = time.perf_counter()
+            how(tree, f"{where}/{who}{number}")
+            taken[who].append(time.perf_counter() - started)
+            if not keep:
+                shutil.rmtree(f"{where}/{who}{number}")
+            _sync(where)
+    return statistics.median(taken["ours"]), statistics.median(taken["cp"])
+
+
+def _ours(tree: Path, target: str) -> None:
+    os.mkdir(target)
+    target_fd = os.open(target, os.O_RDONLY)
+    try:
+        with Root(str(tree.parent)) as root:
+            copy_up(root, f"/{tree.name}", target_fd)
+    finally:
+        os.close(target_fd)
+
+
+def _cp(tree: Path, target: str) -> None:
+    subprocess.run(["cp", "-a", str(tree), target], check=True)
