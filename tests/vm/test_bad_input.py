@@ -198,7 +198,7 @@ def test_sources(shared_pod, tmp_path, kind, make, error, code, words):
         ("type=bind,src=/usr,dst=/d,ro=perhaps", "mount-option"),
         ("type=bind,src=/usr,dst=/d,ro,rw", "mount-option"),
         ("type=tmpfs,dst=/d,size=much", "bad-size"),
-        ("type=volume,src=v,dst=/d", "mount-type"),
+        ("type=volume,src=v,dst=/d", "volume-not-found"),
         ("type=image,src=i,dst=/d", "mount-type"),
         ({"type": "bind", "destination": "/d"}, "spec-invalid"),
         ({"type": "bind", "destination": "", "source": "/usr"}, "spec-invalid"),

@@ -50,7 +50,7 @@ def test_output_and_status_are_the_containers_own(state_root):
 def test_what_is_wrong_is_said_before_anything_is_started(data, state_root):
     assert fails("run", "no-such-image")["code"] == "image-not-found"
     assert fails("run", "-v", "/no/such/folder:/x", BUSYBOX)["code"] == "source-not-found"
-    assert fails("run", "--isolation", "namespace", BUSYBOX)["code"] == "isolation-unsupported"
+    assert fails("run", "--isolation", "namespace", "--memory", "1G", BUSYBOX)["code"] == "isolation-unsupported"
     assert fails("run", "--memory", "few", BUSYBOX)["code"] == "size"
     assert os.listdir(state_root) == []
     done = holdfast("run", "no-such-image")

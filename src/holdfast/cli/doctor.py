@@ -18,7 +18,7 @@ import msgspec
 from holdfast.cli import output as shown
 from holdfast.errors import HoldfastError
 from holdfast.linux import syscalls
-from holdfast.machine import accelerator, closure, guest_image, kernel
+from holdfast.machine import accelerator, cgroups, closure, guest_image, kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +69,7 @@ class Host(msgspec.Struct, frozen=True):
     kvm: str = "/dev/kvm"
     vsock: str = "/dev/vhost-vsock"
     cgroup: str = "/sys/fs/cgroup"
+    loop_control: str = "/dev/loop-control"
     iommu_groups: str = "/sys/kernel/iommu_groups"
     vfio: str = "/sys/bus/pci/drivers/vfio-pci"
 
@@ -98,7 +99,7 @@ def examine(root: Path, data: Path, host: Host | None = None) -> list[Check]:
     version = _qemu(checks)
     checks += [_kernel(host), _guest(data), _accelerator(data, version, host)]
     checks += [_folder("state root", root), _folder("data folder", data), _unnamed_files(data), _space(data)]
-    checks += [_cgroups(host), _vsock(host), _assignment(host)]
+    checks += [_cgroups(host), _namespace_pods(host), _vsock(host), _assignment(host)]
     return checks
 
 
@@ -165,6 +166,29 @@ def _cgroups(host: Host) -> Check:
     if os.path.isdir(host.cgroup) and os.listdir(host.cgroup):
         return Check("cgroups", "ok", "version 1 or hybrid (containers get those of the guest)")
     return Check("cgroups", "ok", "none here (containers get those of the guest)")
+
+
+def _namespace_pods(host: Host) -> Check:
+    """What ``--isolation namespace`` needs of the host's own kernel; those who have machines need none of it."""
+    try:
+        runtime = cgroups.choose_runtime(host.cgroup)
+    except HoldfastError as error:
+        return Check("namespace pods", "warn", f"--isolation namespace: {error.subject}: {error.why}", error.hint)
+    if not os.path.exists(host.loop_control):
+        return Check("namespace pods", "warn", f"{runtime.path}, but no loop devices for disks", "modprobe loop")
+    if not _knows_filesystem("erofs"):
+        why = f"{runtime.path}, but the kernel has no erofs for images' layers: bundles alone can be run"
+        return Check("namespace pods", "warn", why, "a kernel with CONFIG_EROFS_FS")
+    return Check("namespace pods", "ok", f"containers run with {runtime.path}: {runtime.why}")
+
+
+def _knows_filesystem(name: str) -> bool:
+    """Whether the kernel has it, or has a module that it loads at the first mount."""
+    if any(line.split()[-1] == name for line in Path("/proc/filesystems").read_text().splitlines()):
+        return True
+    folder = kernel.MODULES / os.uname().release
+    lists = [folder / "modules.dep", folder / "modules.builtin"]
+    return any(f"/{name}.ko" in found.read_text() for found in lists if found.exists())
 
 
 def _assignment(host: Host) -> Check:

@@ -118,10 +118,11 @@ def inspect(command: PodInspectOptions, line: CommandLine, output: Output) -> in
             ("created", datetime.fromtimestamp(pod.created_ns // 1_000_000_000).astimezone().isoformat(" ")),
             ("isolation", f"{pod.isolation} ({pod.accelerator})" if pod.accelerator else pod.isolation),
             ("started from", pod.started_from),
-            ("memory", shown.size(pod.memory_bytes)),
-            ("cpus", pod.cpus),
+            ("memory", shown.size(pod.memory_bytes) if pod.memory_bytes else ""),
+            ("cpus", pod.cpus or ""),
+            ("runtime", pod.guest.get("runtime", "")),
             ("monitor", f"process {pod.pid}"),
-            ("machine", f"process {pod.qemu_pid}" if pod.qemu_pid else ""),
+            ("machine" if pod.isolation == "vm" else "agent", f"process {pod.qemu_pid}" if pod.qemu_pid else ""),
         )
     )
     for container in pod.containers:

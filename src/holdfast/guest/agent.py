@@ -16,7 +16,7 @@ import sys
 from holdfast.errors import InvalidInput, ProtocolError, from_exception
 from holdfast.guest import boot, storage
 from holdfast.guest.children import Children
-from holdfast.guest.containers import Containers
+from holdfast.guest.containers import Containers, Runtime
 from holdfast.guest.hot_mounts import HotMounts
 from holdfast.guest.loop import Loop
 from holdfast.wire.frames import CANCEL, CREDIT, DATA, EOF, REQUEST, SYNC
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 PORT = "holdfast.agent"
 PROTOCOL_VERSION = 1
-_RUNTIME = "/usr/bin/crun"
 _MOST_SECONDS = 3600.0
 
 
 class Agent:
     """Answers requests that arrive on one descriptor."""
 
-    def __init__(self, fd: int, runtime: str = _RUNTIME) -> None:
+    def __init__(self, fd: int, runtime: Runtime | None = None) -> None:
         self._fd = fd
+        self._runtime = runtime or Runtime()
         self._mux = Mux()
         self._loop = Loop()
         self._children = Children()
-        self._containers = Containers(self._loop, self._children, runtime, self._report)
+        self._containers = Containers(self._loop, self._children, self._runtime, self._report)
         self._hot_mounts = HotMounts(self._children, self._containers.pid_of)
         self._tasks: dict[int, object] = {}
         self._writing = False
@@ -84,10 +84,13 @@ class Agent:
     def _on_port(self, events: int) -> None:
         if events & select.EPOLLIN:
             try:
-                data = os.read(self._fd, 65536)
+                data = self._receive()
             except BlockingIOError:
                 data = b""
             self._feed(data)
+
+    def _receive(self) -> bytes:
+        return os.read(self._fd, 65536)
 
     def _feed(self, data: bytes) -> None:
         while True:
@@ -97,7 +100,7 @@ class Agent:
                 return
             except ProtocolError as error:
                 # The host is not expected to break the protocol: say so on the console and go on with what follows.
-                _say(error)
+                say(error)
                 data = b""
 
     def _dispatch(self, incoming: Incoming) -> None:
@@ -176,6 +179,7 @@ class Agent:
             "pid": os.getpid(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "cpus": os.cpu_count() or 1,
+            "runtime": self._runtime.argv[0],
         }
 
     def _resume(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +200,7 @@ class Agent:
         return {}
 
 
-def _say(text: object) -> None:
+def say(text: object) -> None:
     """Writes a line to the console."""
     os.write(2, f"agent: {text}\n".encode("utf-8", "replace"))
 
@@ -224,7 +228,7 @@ def main() -> None:
         gc.freeze()  # what exists now is shared by every clone: keep the collector from writing to it
         agent.run()
     except BaseException as error:
-        _say(f"{type(error).__name__}: {error}")
+        say(f"{type(error).__name__}: {error}")
         raise
     finally:
         if os.getpid() == 1:

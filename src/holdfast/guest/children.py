@@ -6,19 +6,23 @@ Containers are started by an OCI runtime that exits; their processes then become
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
+from holdfast.errors import GuestFailed, from_dict, from_exception
 from holdfast.guest.loop import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from holdfast.guest.loop import Task
 
 #: Exit statuses kept of processes that nobody has asked for yet: a container may end before its pid is known.
 _KEPT = 256
+_MOST_ANSWER = 65536
 
 
 class Children:
@@ -80,22 +84,34 @@ class Children:
         )  # fmt: skip
         return (yield from self._end(pid))
 
-    def call(self, function: Callable[[], object]) -> Task:
-        """Task: runs what may take long in a copy of this process; returns its wait status, 1 if it raised.
+    def call(self, function: Callable[[], Any]) -> Task:
+        """Task: runs what may take long, or enters a namespace, in a copy of this process; returns what it returned.
 
         When the task is given up, the copy is killed.
+
+        Raises:
+            HoldfastError: what the function raised.
+            GuestFailed: the copy came to another end.
         """
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                function()
-                status = 0
-            except BaseException as error:
-                os.write(2, f"agent: {type(error).__name__}: {error}\n".encode("utf-8", "replace"))
-            finally:
-                os._exit(status)
-        return (yield from self._end(pid))
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.fork()
+            if not pid:
+                _report(writer, function)
+            os.close(writer)
+            writer = -1
+            status = yield from self._end(pid)
+            said = os.read(reader, _MOST_ANSWER)
+        finally:
+            os.close(reader)
+            if writer >= 0:
+                os.close(writer)
+        answer = json.loads(said or b"{}")
+        if "error" in answer:
+            raise from_dict(answer["error"])
+        if "result" not in answer:
+            raise GuestFailed("work aside", why=f"the process that did it ended with status {status:#x}")
+        return answer["result"]
 
     def _end(self, pid: int) -> Task:
         result: list[int] = []
@@ -111,3 +127,15 @@ class Children:
         finally:
             os.close(pidfd)
         return result[0]
+
+
+def _report(writer: int, function: Callable[[], Any]) -> None:
+    """The copy's life."""
+    try:
+        try:
+            answer = {"result": function()}
+        except BaseException as error:
+            answer = {"error": from_exception(error).as_dict()}
+        os.write(writer, json.dumps(answer).encode())
+    finally:
+        os._exit(0)

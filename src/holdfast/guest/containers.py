@@ -10,6 +10,7 @@ from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, 
 from holdfast.guest import block_devices
 from holdfast.guest.commands import check_command
 from holdfast.guest.streams import Input, Output
+from holdfast.guest.tmp import add_tmp
 from holdfast.guest.users import apply_user
 
 TYPE_CHECKING = False
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 BUNDLES = "/run/holdfast/bundles"
 _TTYS = "/run/holdfast/tty"
 _STATE = "/run/crun"
+#: The guest's own; see :class:`Runtime`.
+CRUN = ("/usr/bin/crun", "--cgroup-manager=cgroupfs")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
@@ -41,6 +44,31 @@ class Process:
         self.outputs: list[Output] = []
         self.status: int | None = None
         self.folder = ""
+
+
+class Runtime:
+    """The OCI runtime that runs containers.
+
+    Args:
+        argv: the program, and the options that it needs before any command.
+        cgroup: the control group that the containers' own go below; empty for the top, which is the guest's own.
+    """
+
+    def __init__(self, argv: tuple[str, ...] = CRUN, cgroup: str = "") -> None:
+        self.argv = argv
+        self._cgroup = cgroup
+
+    def command(self, log: str) -> list[str]:
+        """How every command begins."""
+        return [*self.argv, "--root", _STATE, "--log", log, "--log-format", "json"]
+
+    def prepare(self, spec: dict[str, Any], name: str) -> None:
+        """Puts a container into the control group that it must be in, if there is one."""
+        if self._cgroup:
+            spec["linux"] = {**(spec.get("linux") or {}), "cgroupsPath": f"{self._cgroup}/{name}"}
+
+    def prepare_process(self, process: dict[str, Any]) -> None:
+        """Changes what is otherwise right of a container's process, or of a further one, and cannot be done here."""
 
 
 class Stdio:
@@ -81,7 +109,7 @@ class Containers:
     """Starts containers and processes in them, and knows those that run."""
 
     def __init__(
-        self, loop: Loop, children: Children, runtime: str, report: Callable[[str, dict[str, Any]], None]
+        self, loop: Loop, children: Children, runtime: Runtime, report: Callable[[str, dict[str, Any]], None]
     ) -> None:
         self._loop = loop
         self._children = children
@@ -99,10 +127,15 @@ class Containers:
         os.makedirs(bundle, 0o700, exist_ok=True)
         spec = _dict(params, "spec")
         block_devices.show(spec)
+        self._runtime.prepare(spec, name)
+        self._runtime.prepare_process(spec["process"])
         _own_root(spec["root"]["path"], params.get("root"))
-        apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         mounted = [str(mount.get("destination")) for mount in spec.get("mounts") or ()]
+        if params.get("tmp"):
+            add_tmp(spec)
+        apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         check_command(spec["process"], spec["root"]["path"], mounted)
+        _size_terminal(spec["process"], params.get("size"))
         with open(f"{bundle}/config.json", "w") as file:
             json.dump(spec, file)
         argv = ["run", "--detach", "--bundle", bundle]
@@ -122,7 +155,9 @@ class Containers:
         if params.get("user"):
             with open(f"{BUNDLES}/{container}/config.json") as file:
                 apply_user(process, str(params["user"]), json.load(file)["root"]["path"])
+        self._runtime.prepare_process(process)
         check_command(process, f"/proc/{main.pid}/root", [])
+        _size_terminal(process, params.get("size"))
         with open(f"{folder}/process.json", "w") as file:
             json.dump(process, file)
         argv = ["exec", "--detach", "--process", f"{folder}/process.json"]
@@ -144,10 +179,7 @@ class Containers:
     ) -> Task:  # fmt: skip
         terminal, command_name = bool(program.get("terminal")), str(program["args"][0])
         log, pid_file = f"{folder}/log", f"{folder}/pid"
-        command = [
-            self._runtime, "--root", _STATE, "--cgroup-manager=cgroupfs", "--log", log, "--log-format", "json",
-            *argv, "--pid-file", pid_file,
-        ]  # fmt: skip
+        command = [*self._runtime.command(log), *argv, "--pid-file", pid_file]
         stdio = Stdio(terminal, int(params.get("stdin") or 0))
         listener = None
         self._children.expect()
@@ -281,17 +313,7 @@ class Containers:
         log = f"{_STATE}/{name}.delete.log"
         try:
             if os.path.isdir(f"{_STATE}/{name}"):
-                argv = [
-                    self._runtime,
-                    "--root",
-                    _STATE,
-                    "--cgroup-manager=cgroupfs",
-                    "--log",
-                    log,
-                    "delete",
-                    "--force",
-                    name,
-                ]
+                argv = [*self._runtime.command(log), "delete", "--force", name]
                 status = yield from self._children.run(argv, null, null, null)
                 if status != 0 and os.path.isdir(f"{_STATE}/{name}"):
                     raise GuestFailed("delete container", subject=name, why=_log_text(log))
@@ -306,6 +328,13 @@ def _own_root(path: str, owner: object) -> None:
     if isinstance(owner, dict):
         os.chown(path, int(owner.get("uid", 0)), int(owner.get("gid", 0)))
         os.chmod(path, int(owner.get("mode", 0o755)) & 0o7777)
+
+
+def _size_terminal(process: dict[str, Any], size: object) -> None:
+    """Has the runtime set a terminal's size, for a program may ask for it before the runtime has exited."""
+    if process.get("terminal") and isinstance(size, list) and len(size) == 2:
+        rows, columns = (min(max(int(number), 0), 0xFFFF) for number in size)
+        process["consoleSize"] = {"height": rows, "width": columns}
 
 
 def _remove_bundle(folder: str) -> None:

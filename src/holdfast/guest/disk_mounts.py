@@ -10,7 +10,7 @@ from holdfast.guest import settings as settings_of
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.probe import NO_REPLAY
-from holdfast.mounts.unmount import remove_mount_point, unmount
+from holdfast.mounts.unmount import remove_mount_point, unmount, unmount_below
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ def _map(settings: dict[str, Any], target: str, device: str, place: tuple[int, i
     encrypted, read_only = settings.get("Encrypted"), settings.get("ReadOnly")
     if not info and not encrypted:
         return device
+    if isinstance(disks.places, disks.Told):
+        raise Unsupported(
+            "mount disk", subject=target, code="isolation-unsupported", hint="--isolation vm can do it",
+            why="on the host's own kernel its mapped device would outlive a pod that is killed",
+        )  # fmt: skip
     why = ""
     if settings.get("BlockDev"):  # hcsshim hands out the raw device then: #2757
         why = "a disk that is not mounted can neither be verified nor encrypted"
@@ -75,7 +80,7 @@ def _mount_disk(settings: dict[str, Any], target: str, device: str) -> dict[str,
     with mounting.NewMount(target):
         mounting.mount(device, target, fstype, flags, ",".join(data))
         for flag in options.propagation:
-            syscalls.mount("none", target, "", flag)
+            mounting.mount("none", target, "", flag, "")
     return {"path": target, "device": device, "filesystem": fstype}
 
 
@@ -104,6 +109,7 @@ def remove(settings: dict[str, Any], children: Children) -> Task:
         return {}
     if not settings.get("ReadOnly"):
         yield from mounting.write_back(target, children)
+    unmount_below(target)
     unmount(target)
     yield from mapped.release(target)
     remove_mount_point(target)

@@ -10,13 +10,10 @@ because the container's own filesystems may make it wait.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
 import stat
 
-from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound, NotReleased, from_dict, from_exception
-from holdfast.guest.loop import readable
+from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound, NotReleased
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.root import Root
@@ -88,7 +85,7 @@ class HotMounts:
             self._mounts[key] = mount  # before it is done: a child that is given up may have done it
             directory = stat.S_ISDIR(os.fstat(tree).st_mode)
             try:
-                mount.made = yield from self._child(
+                mount.made = yield from self._children.call(
                     lambda: _put(namespace, root, tree, os.fsencode(destination), directory)
                 )
             except (InUse, InvalidInput):  # of any other failure nobody knows how far it came
@@ -116,7 +113,7 @@ class HotMounts:
             del self._mounts[key]  # its mount namespace went with it
             return {}
         try:
-            yield from self._child(lambda: _take(namespace, root, mount, path))
+            yield from self._children.call(lambda: _take(namespace, root, mount, path))
         finally:
             _close(namespace, root)
         del self._mounts[key]
@@ -134,47 +131,6 @@ class HotMounts:
                 raise
         except OSError as error:  # it has just ended
             raise NotFound("enter container", subject=container, why=error, code="container-not-running") from None
-
-    def _child(self, action: Callable[[], Any]) -> Task:
-        """Task: does something in a process of its own and returns, or raises, what came of it."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
-        if pid == 0:
-            _report(writer, action)
-        os.close(writer)
-        ended: list[int] = []
-        self._children.on_exit(pid, ended.append)
-        pidfd = os.pidfd_open(pid)
-        try:
-            while not ended:
-                yield readable(pidfd)
-                self._children.reap()
-            said = os.read(reader, 65536)
-        except BaseException:
-            if not ended:
-                os.kill(pid, signal.SIGKILL)
-            raise
-        finally:
-            os.close(pidfd)
-            os.close(reader)
-        answer = json.loads(said or b"{}")
-        if "error" in answer:
-            raise from_dict(answer["error"])
-        if "result" not in answer:
-            raise GuestFailed("enter container", why=f"the process that did it ended with status {ended[0]:#x}")
-        return answer["result"]
-
-
-def _report(writer: int, action: Callable[[], Any]) -> None:
-    """The child's life."""
-    try:
-        try:
-            answer = {"result": action()}
-        except BaseException as error:
-            answer = {"error": from_exception(error).as_dict()}
-        os.write(writer, json.dumps(answer).encode())
-    finally:
-        os._exit(0)
 
 
 def _clone(source: str, options: mount_options.MountOptions) -> int:

@@ -90,6 +90,30 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
         raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
 
 
+def bring(source: str, target: str) -> None:
+    """Moves what is mounted at a path to another, or binds it if it is no mount of its own, with all that is below it.
+
+    Raises:
+        GuestFailed: the kernel refused it.
+    """
+    try:
+        if os.path.ismount(source):
+            syscalls.move_mount(syscalls.AT_FDCWD, source, syscalls.AT_FDCWD, target, 0)
+        else:
+            syscalls.mount(source, target, "", syscalls.MS_BIND | syscalls.MS_REC)
+    except OSError as error:
+        raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None
+
+
+def unmount_tree(target: str) -> None:
+    """Drops what :func:`bring` has brought, by one call; not mounted, or not there, is success."""
+    try:
+        syscalls.umount(target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise NotReleased("unmount", subject=target, why=error, code="mount-busy") from None
+
+
 def write_back(target: str, children: Children) -> Task:
     """Task: writes out what is cached of a filesystem, before it is unmounted; what is not mounted has nothing cached.
 
@@ -100,14 +124,7 @@ def write_back(target: str, children: Children) -> Task:
         NotReleased: something could not be written; said once, and the next try goes on.
     """
     if os.path.ismount(target):
-        status = yield from children.call(lambda: _sync(target))
-        number = os.waitstatus_to_exitcode(status)
-        if number:
-            why = f"{os.strerror(number)} (errno {number})" if number > 0 else f"ended by signal {-number}"
-            raise NotReleased(
-                "write back", subject=target, why=why, code="not-written",
-                hint="what was written last is not all there; detach again to let go of it all the same",
-            )  # fmt: skip
+        yield from children.call(lambda: _sync(target))
 
 
 def _sync(target: str) -> None:
@@ -118,7 +135,10 @@ def _sync(target: str) -> None:
     try:
         syscalls.syncfs(fd)
     except OSError as error:
-        os._exit(error.errno or errno.EIO)
+        raise NotReleased(
+            "write back", subject=target, why=error, code="not-written",
+            hint="what was written last is not all there; detach again to let go of it all the same",
+        ) from None  # fmt: skip
     finally:
         os.close(fd)
 

@@ -1,4 +1,8 @@
-"""Shares of the host: directories of the pod's one 9p export, bound to where a container wants them."""
+"""Shares of the host: directories of the pod's one export, bound to where a container wants them.
+
+A machine has the export by 9p.  A sandbox on the host's kernel sees the folder itself, and then a share is bound with
+what is mounted in it, and nothing has to be written back: there is one cache.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 from holdfast.errors import InvalidInput
 from holdfast.guest import mounting
 from holdfast.guest import settings as settings_of
-from holdfast.mounts.unmount import remove_mount_point, unmount
+from holdfast.mounts.unmount import remove_mount_point, unmount, unmount_below
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +28,8 @@ _EXPORTS = {
     "none": ("holdfast-none", "/run/mounts/plan9-none"),
     "loose": ("holdfast-loose", "/run/mounts/plan9-loose"),
 }
+#: The export itself, in a sandbox that sees it; set before the first request, if at all.
+export = ""
 _NINEP_DATA = "trans=virtio,version=9p2000.L,msize=512000,access=client,posixacl,cache="
 
 
@@ -35,7 +41,10 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
     target = settings_of.path(settings, "MountPath")
     folder = _mount_export(settings_of.text(settings, "Cache") or "mmap")
     with mounting.NewMount(target):
-        mounting.bind(f"{folder}/{name}", target, read_only=bool(settings.get("ReadOnly")))
+        if export:
+            mounting.bring(f"{folder}/{name}", target)  # read-only already, if it is to be, with all below it
+        else:
+            mounting.bind(f"{folder}/{name}", target, read_only=bool(settings.get("ReadOnly")))
     return {"path": target}
     yield
 
@@ -44,6 +53,8 @@ def _mount_export(cache: str) -> str:
     """Where the export is mounted with a cache mode; mounts it for the first share that wants that."""
     if cache not in _EXPORTS:
         raise InvalidInput("add share", subject=cache, why="unknown cache mode", code="cache-mode")
+    if export:
+        return export
     tag, folder = _EXPORTS[cache]
     if not os.path.ismount(folder):
         os.makedirs(folder, exist_ok=True)
@@ -74,7 +85,11 @@ def refresh(settings: dict[str, Any], _children: Children) -> Task:
 def remove(settings: dict[str, Any], children: Children) -> Task:
     """Task: takes a share away; already gone is success.  The 9p mount behind it stays for the next."""
     target = settings_of.path(settings, "MountPath")
-    yield from mounting.write_back(target, children)  # the 9p mount behind it writes late otherwise
+    if export:
+        mounting.unmount_tree(target)
+    else:
+        yield from mounting.write_back(target, children)  # the 9p mount behind it writes late otherwise
+        unmount_below(target)
     unmount(target)
     remove_mount_point(target)
     return {}

@@ -1,7 +1,7 @@
-"""What the storage engine asks of a sandbox, whatever the sandbox is.
+"""What is asked of a sandbox, whatever the sandbox is: by the storage engine, and by who owns a pod.
 
-A virtual machine implements it with QMP and an agent on virtio-serial; a fake one, for tests of the
-engine's logic, passes the same conformance suite.
+A virtual machine implements it with QMP and an agent on virtio-serial, namespaces with loop devices and an agent on a
+socket; a fake one, for tests of the engine's logic, passes the same conformance suite.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+
+    from holdfast.errors import HoldfastError
+    from holdfast.wire.aio import Connection
 
 CONTROLLERS = 4
 LUNS = 64
@@ -50,3 +54,32 @@ class Sandbox(Protocol):
 
     async def close(self) -> None:
         """Ends the machine and frees what it holds; a second call does nothing."""
+
+
+class PodSandbox(Sandbox, Protocol):
+    """A sandbox that containers run in."""
+
+    #: Takes the agent's events: name and parameters.
+    on_event: Callable[[str, dict[str, Any]], None]
+    #: Set by who is about to end it.
+    closing: bool
+
+    @property
+    def pid(self) -> int:
+        """Id of its process, QEMU or the agent, as the host sees it."""
+
+    @property
+    def agent(self) -> Connection:
+        """The connection to the agent, for streams."""
+
+    async def occupied(self) -> set[str]:
+        """Every place in which something is plugged in, such as ``slot 0:3``, as the kernel or QEMU has it."""
+
+    async def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes read from each disk and written to it, by slot."""
+
+    def last_lines(self) -> str:
+        """What the agent, the guest's kernel or QEMU printed last."""
+
+    def describe_death(self) -> HoldfastError:
+        """Why it is gone."""

@@ -15,17 +15,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from holdfast.errors import InUse, InvalidInput, Unsupported
 from holdfast.machine.config import MOST_CPUS
 from holdfast.pod.client import Client
+from holdfast.pod.messages import PodRequest
 from holdfast.storage.journal import Journal
-
-if TYPE_CHECKING:
-    from holdfast.pod.messages import PodRequest
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 #: sun_path holds 108 bytes (unix(7)); what is left for the state root and the pod's name.
@@ -119,15 +116,41 @@ def _try_to_reserve(journal: Journal, folder: Path) -> int:
 
 
 def _check_machine(request: PodRequest) -> None:
-    if request.isolation != "vm":
+    if request.isolation not in ("vm", "namespace"):
         raise Unsupported(
-            "start pod", subject=f"isolation {request.isolation}", why="it is not built", code="isolation",
-            hint="use --isolation vm",
+            "start pod", subject=f"isolation {request.isolation}", why="there is no such kind", code="isolation",
+            hint="use --isolation vm, or namespace",
         )  # fmt: skip
+    if request.isolation == "namespace":
+        _check_namespace(request)
     if not 1 <= request.cpus <= MOST_CPUS:
         raise InvalidInput(
             "start pod", subject=f"{request.cpus} processors", why=f"a machine has 1 to {MOST_CPUS}", code="cpus"
         )
+
+
+def _check_namespace(request: PodRequest) -> None:
+    """What only a machine can have is refused, not left out."""
+    machine = PodRequest("", "", "")
+    refused = (
+        (request.memory_bytes != machine.memory_bytes, "--memory", "it has the host's memory"),
+        (request.cpus != machine.cpus, "--cpus", "it has the host's processors"),
+        (request.cold, "--template", "it is not saved anywhere"),
+        (bool(request.pmem.count), "--pmem", "its layers are in the host's page cache anyhow"),
+        (request.ports, "--device", "the host's kernel drives the host's devices"),
+    )
+    for is_asked, option, why in refused:
+        if is_asked:
+            raise Unsupported(
+                "start pod", subject=option, why=f"a pod in namespaces has no machine: {why}",
+                code="isolation-unsupported", hint="leave it out, or use --isolation vm",
+            )  # fmt: skip
+    if os.geteuid():
+        raise Unsupported(
+            "start pod", subject="--isolation namespace", code="needs-root",
+            why="without root there are no loop devices, and the kernel mounts no disks in a user namespace",
+            hint="run it as root",
+        )  # fmt: skip
 
 
 def _spawn(request: PodRequest, lock_fd: int, client_fd: int) -> None:

@@ -16,6 +16,8 @@ class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         root, data: the state root and the data folder.
+        isolation: ``vm`` or ``namespace``: a machine, or the host's own kernel.  The latter knows none of ``cold``,
+            ``pmem``, ``ports`` and the machine's sizes.
         ephemeral: the pod ends with the client that started it.
         cold: boot a machine of its own instead of starting from a template.
         writable_shares: whether containers may get shares of the host that they can write to.
@@ -113,7 +115,9 @@ class PodInfo(msgspec.Struct, frozen=True):
     Attributes:
         state: ``starting``, ``running`` or ``failed``.
         pid: the monitor's, on the host.
-        started_from: ``template`` or ``boot``.
+        qemu_pid: QEMU's; of a pod in namespaces, the agent's.
+        memory_bytes, cpus: the machine's; 0 if it has none.
+        started_from: ``template`` or ``boot``; empty if there is no machine.
     """
 
     name: str

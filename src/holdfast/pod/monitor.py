@@ -37,10 +37,6 @@ def main() -> NoReturn:
     os.close(writer)
     os.set_inheritable(lock_fd, False)
     os.set_inheritable(client_fd, False)
-    # QEMU makes files on the host for the guest, as root.  Device nodes and file capabilities made so would be
-    # good for everybody on the host who gets at them: what is started from here cannot make any.
-    for capability in (syscalls.CAP_MKNOD, syscalls.CAP_SETFCAP):
-        syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
     # A guest can make QEMU abort (a 9p name with a slash fails an assertion of 7.2): its memory, which is the pod's, is
     # then not left on the host's disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

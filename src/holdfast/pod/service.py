@@ -15,7 +15,7 @@ import msgspec
 
 from holdfast.errors import HoldfastError, InvalidInput, NotReleased, TimedOut, from_exception
 from holdfast.linux import syscalls
-from holdfast.machine import accelerator, guest_image, ports, template, vm
+from holdfast.machine import accelerator, cgroups, guest_image, namespace, ports, template, vm
 from holdfast.machine.config import MIN_MEMORY_BYTES, MachineConfig
 from holdfast.pod.attach import HotAttach
 from holdfast.pod.containers import Containers
@@ -30,6 +30,8 @@ from holdfast.wire.aio import Connection
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from holdfast.machine.sandbox import PodSandbox
+
 SOCKET = "monitor.sock"
 #: How long a guest that writes nothing may take to unmount the user's disks when its pod ends.
 _CLEAN_SECONDS = 20.0
@@ -42,6 +44,11 @@ def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
     for fd in range(2 if os.environ.get("HOLDFAST_DEBUG") else 3):
         os.dup2(null, fd)
     os.close(null)
+    if config.isolation == "vm":
+        # QEMU makes files on the host for the guest, as root.  Device nodes and file capabilities made so would be
+        # good for everybody on the host who gets at them: what is started from here cannot make any.
+        for capability in (syscalls.CAP_MKNOD, syscalls.CAP_SETFCAP):
+            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
     return asyncio.run(Service(config, lock_fd, host_pid).run(client_fd))
 
 
@@ -57,7 +64,7 @@ class Service:
         self._served = self._folder / "served"
         self._journal = Journal(Path(config.root))
         self._created_ns = time.time_ns()
-        self._machine: vm.VirtualMachine | None = None
+        self._machine: PodSandbox | None = None
         self._machine_config: MachineConfig | None = None
         self._engine: Engine
         self._containers: Containers
@@ -133,7 +140,7 @@ class Service:
     async def _bring_up(self, client: Connection) -> None:
         try:
             self._mount_export()
-            self._machine = await self._start_machine(lambda text: client.event("say", {"text": text}))
+            self._machine = await self._start_sandbox(lambda text: client.event("say", {"text": text}))
             self._machine.export = str(self._export)
             self._engine = Engine(
                 self._machine, self._journal, self._config.name, Path(self._config.data),
@@ -150,9 +157,9 @@ class Service:
             if self._config.ephemeral:
                 await self._until_told(client)
 
-    def _make_pmem(self, machine: vm.VirtualMachine) -> PmemLayers | None:
+    def _make_pmem(self, machine: PodSandbox) -> PmemLayers | None:
         config = self._config
-        if not config.pmem.count:
+        if not config.pmem.count or not isinstance(machine, vm.VirtualMachine):
             return None
         self._pmem = PmemLayers(
             machine, machine, self._journal, config.name, Path(config.data), config.pmem,
@@ -160,8 +167,8 @@ class Service:
         )  # fmt: skip
         return self._pmem
 
-    def _make_functions(self, machine: vm.VirtualMachine) -> Functions | None:
-        if not machine.config.expandable:
+    def _make_functions(self, machine: PodSandbox) -> Functions | None:
+        if not isinstance(machine, vm.VirtualMachine) or not machine.config.expandable:
             return None
         return Functions(machine, machine, self._journal, self._config.name)
 
@@ -188,6 +195,18 @@ class Service:
         syscalls.mount(str(self._export), str(self._served), "", syscalls.MS_BIND)
         syscalls.mount("none", str(self._served), "", syscalls.MS_SLAVE)
         syscalls.mount("none", str(self._served), "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+
+    async def _start_sandbox(self, say: Callable[[str], None]) -> PodSandbox:
+        """The kind that was asked for, and never the other one."""
+        if self._config.isolation == "vm":
+            return await self._start_machine(say)
+        cgroup = cgroups.of_pod(self._config.root, self._config.name)
+        cgroups.remove(cgroup)  # what is left of a pod of this name, whose monitor was killed
+        runtime = cgroups.choose_runtime()
+        return await namespace.start(
+            export=str(self._export), console_log=str(self._folder / "console.log"),
+            cgroup=cgroup, runtime=(runtime.path, *runtime.options), hold_fd=self._lock_fd,
+        )  # fmt: skip
 
     async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
         config = self._config
@@ -244,7 +263,7 @@ class Service:
                 syscalls.umount(str(mounted), syscalls.MNT_DETACH)
         return lost + errors
 
-    async def _release_cleanly(self, machine: vm.VirtualMachine) -> list[Exception]:
+    async def _release_cleanly(self, machine: PodSandbox) -> list[Exception]:
         """Unmounts what could lose writes; returns what could not be, for then something may be lost.
 
         A guest that neither finishes nor writes anything for a while is ended all the same.
@@ -310,7 +329,10 @@ class Service:
         await self._attached.detach(str(params["guest_path"]), str(params.get("container") or ""))
 
     async def _grow(self, _client: Connection, params: dict[str, Any]) -> Any:
-        return {"size_bytes": await self._engine.grow_scratch(str(params["container"]), int(params["size_bytes"]))}
+        size_bytes = int(params["size_bytes"])
+        if "path" in params:
+            return {"size_bytes": await self._engine.grow_volume(str(params["path"]), size_bytes)}
+        return {"size_bytes": await self._engine.grow_scratch(str(params["container"]), size_bytes)}
 
     async def _storage(self, _client: Connection, _params: dict[str, Any]) -> Any:
         found = self._engine.describe()
@@ -352,12 +374,18 @@ class Service:
             name=self._config.name, state=state, isolation=self._config.isolation,
             accelerator=config.accelerator if config else "",
             pid=self._host_pid, qemu_pid=machine.pid if machine else 0,
-            memory_bytes=self._config.memory_bytes, cpus=self._config.cpus,
-            started_from="boot" if self._config.cold else "template", created_ns=self._created_ns,
+            memory_bytes=self._config.memory_bytes if self._config.isolation == "vm" else 0,
+            cpus=self._config.cpus if self._config.isolation == "vm" else 0,
+            started_from=self._started_from(), created_ns=self._created_ns,
             containers=self._containers.infos() if machine is not None and self._ready.done() else (),
             why=why, guest=self._guest,
         )  # fmt: skip
         return msgspec.to_builtins(info)
+
+    def _started_from(self) -> str:
+        if self._config.isolation != "vm":
+            return ""
+        return "boot" if self._config.cold else "template"
 
     async def _remove(self, _client: Connection, _params: dict[str, Any]) -> Any:
         self._ending.set()

@@ -26,6 +26,7 @@ import apsw
 import msgspec
 
 from holdfast.errors import HoldfastError, InUse, NotFound, NotReleased
+from holdfast.machine import cgroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -141,7 +142,12 @@ class Journal:
         """Removes a pod with everything it held: its rows, its leases and its folder.
 
         Only for who holds the pod's lock, or has found it free.
+
+        Raises:
+            NotReleased: something of it is in use still; it stays recorded.
         """
+        if self._db.execute("SELECT 1 FROM pods WHERE name = ? AND isolation = 'namespace'", (name,)).fetchone():
+            cgroups.remove(cgroups.of_pod(self.root, name))
         with self._db:
             self._db.execute("DELETE FROM held WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM leases WHERE pod = ?", (name,))
