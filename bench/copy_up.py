@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-FOLDERS, FILES, ROUNDS = 250, 20, 5
+FOLDERS, FILES, ROUNDS = 250, 20, 6
 SIZES = (200, 2_000, 8_000, 20_000, 40_000, 60_000, 150_000)
 
 
@@ -30,10 +31,10 @@ def measure(report: Callable[..., None], folder: Path) -> None:
     # The host's memory, and not a mount, so that this needs no namespace of its own.
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir="/dev/shm") as memory:
         for where, name in ((str(tree.parent), "on one disk"), (memory, "from disk into memory")):
-            ours, theirs = _compare(tree, where, keep=where != memory)
+            (ours, ours_cpu), (theirs, theirs_cpu) = _compare(tree, where, keep=where != memory)
             report(
                 f"fill a volume, 5,000 files of 200 MB, {name}", ours * 1000, "ms",
-                cp=theirs * 1000, ratio=ours / theirs, limit="1 times cp -a",
+                cp=theirs * 1000, ratio=ours / theirs, cpu_ratio=ours_cpu / theirs_cpu, limit="1 times cp -a",
             )  # fmt: skip
     shutil.rmtree(tree.parent)
 
@@ -63,8 +64,13 @@ def _sync(where: str) -> None:
         os.close(fd)
 
 
-def _compare(tree: Path, where: str, *, keep: bool) -> tuple[float, float]:
-    """Medians of seconds, one and the other in turn, so that both see the same machine.
+def _cpu_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _compare(tree: Path, where: str, *, keep: bool) -> list[tuple[float, float]]:
+    """Medians of seconds and of processor seconds, one and the other in turn, so that both see the same machine.
 
     Args:
         tree: what is copied.
@@ -72,16 +78,20 @@ def _compare(tree: Path, where: str, *, keep: bool) -> tuple[float, float]:
         keep: remove no copy before the end: for some seconds ext4 looks for other inodes than those just freed, and
             that takes longer than copying.
     """
-    taken: dict[str, list[float]] = {"ours": [], "cp": []}
+    taken: list[list[tuple[float, float]]] = [[], []]
     for number in range(ROUNDS):
-        for who, how in (("ours", _ours), ("cp", _cp)):
-            started = time.perf_counter()
-            how(tree, f"{where}/{who}{number}")
-            taken[who].append(time.perf_counter() - started)
+        for who in (number % 2, 1 - number % 2):
+            how = (_ours, _cp)[who]
+            copy = f"{where}/{how.__name__}{number}"
+            started, cpu = time.perf_counter(), _cpu_seconds()
+            how(tree, copy)
+            taken[who].append((time.perf_counter() - started, _cpu_seconds() - cpu))
             if not keep:
-                shutil.rmtree(f"{where}/{who}{number}")
+                shutil.rmtree(copy)
             _sync(where)
-    return statistics.median(taken["ours"]), statistics.median(taken["cp"])
+    return [
+        (statistics.median(wall), statistics.median(cpu)) for wall, cpu in (zip(*one, strict=True) for one in taken)
+    ]
 
 
 def _ours(tree: Path, target: str) -> None:

@@ -27,7 +27,7 @@ from holdfast.storage.journal import Journal
 from holdfast.storage.steps import MountLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import bookkeeping, mounts
+from bench import bookkeeping, copy_up, mounts, namespace
 
 HERE = Path(__file__).resolve().parent
 RESULTS: list[dict[str, Any]] = []
@@ -285,6 +285,9 @@ def main() -> None:
         asyncio.run(machines(bench, int(os.environ.get("HOLDFAST_BENCH_DISKS", "250"))))
         bookkeeping.measure(report, Path(folder))
         mounts.measure(report)
+        copy_up.measure(report, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir="/run") as state:
+            namespace.measure(report, Path(state), data)
         containers(bench, busybox_image(bench))
         image_import()
     table()

@@ -21,7 +21,15 @@ import pytest
 from holdfast.errors import Exhausted, HoldfastError, InUse, InvalidInput, NotReleased
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
-from holdfast.storage.steps import CombineLayers, MakeScratch, MountDisk, MountLayer, ShareDirectory
+from holdfast.storage.steps import (
+    CombineLayers,
+    FillVolume,
+    MakeScratch,
+    MountDisk,
+    MountLayer,
+    ShareDirectory,
+    UseVolume,
+)
 from tests.fakes import Fault, Faulty
 
 if TYPE_CHECKING:
@@ -35,9 +43,14 @@ if TYPE_CHECKING:
     Factory = Callable[[str], AbstractAsyncContextManager[Sandbox]]
 
 SLOTS = 256
-ADDING = ("plug", "Add MappedVirtualDisk", "Add CombinedLayers", "Add MappedDirectory")
+#: Where the guest mounts what the engine asks for.
+KEPT_IN = ("/run/mounts/scsi/", "/run/mounts/shares/", "/run/mounts/volumes/", "/run/mounts/places/", "/run/gcs/c/")
+ADDING = (
+    "plug", "Add MappedVirtualDisk", "Add CombinedLayers", "Add PodVolume", "Add ImageVolume", "Add MappedDirectory",
+)  # fmt: skip
 REMOVING = (
-    "Remove CombinedLayers", "Remove MappedDirectory", "Remove MappedVirtualDisk", "Remove SCSIDevice", "unplug",
+    "Remove CombinedLayers", "Remove PodVolume", "Remove ImageVolume", "Remove MappedDirectory",
+    "Remove MappedVirtualDisk", "Remove SCSIDevice", "unplug",
 )  # fmt: skip
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="shares are bind mounts")
 
@@ -67,7 +80,7 @@ class Pod:
         return MountDisk(id, str(path), status.st_dev, status.st_ino, read_only, "raw", False, "ext4", options)
 
     def container(self, *, share: bool = False) -> tuple[AnyStep, ...]:
-        """The steps of a container with two layers, a scratch disk, a disk and, if asked for, a share."""
+        """The steps of a container with two layers, a scratch disk, a disk, volumes and, if asked for, a share."""
         layers = []
         for index in range(2):
             path = self.folder / f"layer{index}"
@@ -76,7 +89,7 @@ class Pod:
             layers.append(MountLayer(f"layer{index}", str(path), f"sha256:{index}"))
         scratch = MakeScratch("scratch", self.suite.scratch_bytes(self.folder / "data"))
         steps: list[AnyStep] = [*layers, scratch, CombineLayers("root", ("layer0", "layer1"), "scratch")]
-        steps.append(self.mount(self.disk()))
+        steps += [self.mount(self.disk()), UseVolume("v0", "shared", "tmpfs", ("size=1m",)), FillVolume("v1", "/data")]
         if share:
             steps.append(self.share("share", "m1"))
         return tuple(steps)
@@ -150,7 +163,7 @@ class EngineConformance:
         """What the guest has mounted for the engine."""
         table = (await sandbox.request("mounts", {}, 5))["mountinfo"]
         where = [line.split(" ")[4] for line in table.splitlines()]
-        return [path for path in where if path.startswith(("/run/mounts/scsi/", "/run/mounts/shares/", "/run/gcs/c/"))]
+        return [path for path in where if path.startswith(KEPT_IN)]
 
     async def kill(self, sandbox: Sandbox) -> None:
         """Lets the machine die."""
@@ -209,13 +222,33 @@ class EngineConformance:
         async def test(pod: Pod) -> None:
             held = await pod.prepare("a", *pod.container())
             assert held.paths["root"] == "/run/gcs/c/a/rootfs"
-            assert len(set(held.paths.values())) == 5
+            assert len(set(held.paths.values())) == 7
             assert len(await pod.sandbox.plugged()) == 4
             described = pod.engine.describe()
             assert [a["kind"] for a in described["attachments"]].count("layer") == 2
             assert {a["slot"] for a in described["attachments"]} == {"0:0", "0:1", "0:2", "0:3"}
             assert all(a["holders"] == ["a"] and len(a["guest_paths"]) == 1 for a in described["attachments"])
             await pod.engine.release("a")
+            await pod.expect_nothing()
+
+        run(test)
+
+    def test_a_volume_stays_and_its_views_go(self, run):
+        """Each holder has a view of its own; how the first made it holds for all."""
+
+        async def test(pod: Pod) -> None:
+            first = await pod.prepare("a", UseVolume("m0", "shared", "tmpfs", ("size=1m",)))
+            second = await pod.prepare("b", UseVolume("m0", "shared", "tmpfs", ("size=1m",), "a/folder"))
+            assert first.paths != second.paths
+            [volume] = pod.engine.describe()["volumes"]
+            assert (volume["volume"], volume["holders"]) == ("shared", ["a", "b"])
+            with pytest.raises(InUse) as failure:
+                await pod.prepare("c", UseVolume("m0", "shared", "tmpfs", ("size=2m",)))
+            assert failure.value.code == "volume-conflict"
+            await pod.engine.release("a")
+            await pod.engine.release("b")
+            [volume] = pod.engine.describe()["volumes"]
+            assert volume["guest_paths"] == []
             await pod.expect_nothing()
 
         run(test)
@@ -565,7 +598,7 @@ class EngineConformance:
                 with pytest.raises(NotReleased, match=f"{step}: injected"):
                     await pod.engine.release("a")
                 assert pod.engine.holds("a")
-                assert pod.journal.held("pod") != [] or "Combined" in step
+                assert pod.journal.held("pod") != [] or "Combined" in step or "Volume" in step
             await pod.engine.release("a")
             await pod.expect_nothing()
             await pod.engine.release("a")
@@ -632,10 +665,11 @@ class EngineConformance:
             pod.sandbox.steps.clear()
             await pod.engine.release("a")
             steps = pod.sandbox.steps
-            assert steps[0] == "Remove CombinedLayers"
-            assert sorted(steps[1:]) == sorted(["Remove MappedVirtualDisk", "Remove SCSIDevice", "unplug"] * 4)
+            assert steps[:2] == ["Remove ImageVolume", "Remove CombinedLayers"]
+            disks = ["Remove MappedVirtualDisk", "Remove SCSIDevice", "unplug"] * 4
+            assert sorted(steps[2:]) == sorted([*disks, "Remove PodVolume"])
             for count in range(len(steps)):
-                done = [steps[: count + 1].count(step) for step in REMOVING[2:]]
+                done = [steps[: count + 1].count(step) for step in REMOVING[-3:]]
                 assert done == sorted(done, reverse=True)
 
         run(test)

@@ -182,6 +182,23 @@ class FakeSandbox:
         self._unmount(settings.container_root_path)
         return {}
 
+    def _add_podvolume(self, settings: requests.PodVolume) -> dict[str, str]:
+        return self._mount(settings.mount_path, Mounted("volume", settings.name))
+
+    def _remove_podvolume(self, settings: requests.PodVolume) -> dict[str, str]:
+        self._unmount(settings.mount_path)
+        return {}
+
+    def _add_imagevolume(self, settings: requests.ImageVolume) -> dict[str, str]:
+        if settings.container_root_path not in self.mounts:
+            raise GuestFailed("copy", subject=settings.path, why="No such file or directory")
+        below = next((m.source for path, m in self.mounts.items() if settings.source.startswith(f"{path}/")), None)
+        return self._mount(settings.mount_path, Mounted("volume", settings.path, over=(below,)))
+
+    def _remove_imagevolume(self, settings: requests.ImageVolume) -> dict[str, str]:
+        self._unmount(settings.mount_path)
+        return {}
+
     def _mount(self, path: str, mounted: Mounted) -> dict[str, str]:
         if path in self.mounts:
             raise InUse("mount", subject=path, why="something else is mounted there", code="path-in-use")

@@ -208,7 +208,7 @@ class Watch:
             ancestors = set(_ancestors(process.pid))
             if ancestors & _expected_pids:
                 continue
-            mentions_us = any(folder in process.arguments for folder in self.folders)
+            mentions_us = any(f"{folder}/" in f"{process.arguments}/" for folder in self.folders)
             if os.getpid() in ancestors or token in process.environment.split(b"\0") or mentions_us:
                 ours.append(process)
         return ours

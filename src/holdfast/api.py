@@ -38,6 +38,7 @@ from holdfast.storage import scratch
 from holdfast.storage.journal import Journal
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot
 from holdfast.storage.protect import Protection, protect
+from holdfast.storage.volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,7 +132,9 @@ def container_request(
             terminal=bool(terminal), annotations=annotations, read_only=read_only,
         )  # fmt: skip
         top_first = tuple((layer.disk, layer.diff_id) for layer in reversed(found.layers))
-        root = LayeredRoot(top_first, scratch_bytes, found.root.mode, found.root.uid, found.root.gid)
+        root = LayeredRoot(
+            top_first, scratch_bytes, found.root.mode, found.root.uid, found.root.gid, volumes=found.config.volumes
+        )
         trees = {layer.disk: layer.verity for layer in found.layers}
     root = protect(
         root, Protection(verity, encrypt_scratch, reuse_scratch), made.raw.get("annotations") or {}, trees,
@@ -160,8 +163,25 @@ def _absolute_sources(raw: dict[str, Any], folder: Path) -> None:
     for mount in raw.get("mounts", ()):
         source = mount.get("source", "")
         binds = mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or ())
-        if source and binds and not source.startswith("/"):
+        if source and binds and not source.startswith("/") and "://" not in source:
             mount["source"] = os.path.join(folder, source)
+
+
+def volumes(*, root: str | Path | None = None, data: str | Path | None = None) -> Volumes:
+    """The named volumes of this host: made, listed, grown and removed; see :class:`Volumes`.
+
+    ::
+
+        holdfast.volumes().create("db", "10G")
+        pod.run("busybox", ["sh"], mounts=["type=volume,src=db,dst=/var/lib/db"])
+    """
+    root_path = state_root(root)
+
+    def online(pod: str, path: str, size_bytes: int) -> None:
+        with Client.connect(root_path, pod) as client:
+            client.request("grow", {"path": path, "size_bytes": size_bytes})
+
+    return Volumes(data_folder(data), root_path, online)
 
 
 class Pod:
@@ -169,6 +189,8 @@ class Pod:
 
     Args:
         name: of the pod; made up if not given.
+        isolation: ``"vm"``, or ``"namespace"`` for containers on the host's own kernel: nothing of a machine can be
+            asked for then, and one never takes the place of the other.
         memory: guest RAM, as bytes or text such as ``"256M"``.
         cpus: virtual processors.
         template: ``"none"`` boots a machine of its own instead of starting from the saved one.

@@ -290,6 +290,34 @@ def test_nothing_is_inherited_from_the_volume(disk):
     assert digest(image / "ours") == digest(image / "vol")
 
 
+def test_groups_are_the_image_s_where_the_disk_would_inherit_them(disk):
+    """With ext4's ``grpid``, a new file has the group of its directory."""
+    image, where = disk(), disk()
+    fill(image)
+    subprocess.run(["mount", "-o", "remount,grpid", str(where)], check=True)
+    os.chown(where, 8, 9)
+    copy(image, where)
+    assert digest(where) == digest(image / "vol")
+
+
+def test_nobody_enters_a_volume_before_it_is_complete(disk, monkeypatch):
+    """Files are made before they have their owner and mode."""
+    image, seen = disk(), set()
+    fill(image)
+    (image / "ours").mkdir(0o777)
+    os.chown(image / "ours", 8, 9)
+    attributes = InodeCopy.attributes
+
+    def look(self: InodeCopy, *arguments: Any) -> None:
+        info = os.stat(image / "ours")
+        seen.add((oct(info.st_mode), info.st_uid, info.st_gid))
+        attributes(self, *arguments)
+
+    monkeypatch.setattr(InodeCopy, "attributes", look)
+    copy(image, image / "ours")
+    assert seen == {("0o40700", 0, 0)}
+
+
 def test_what_overlayfs_and_selinux_keep_in_xattrs_stays_behind(disk):
     image = disk()
     (image / "vol/sub").mkdir(parents=True)
@@ -407,7 +435,7 @@ def test_holes_stay_holes(kind, pattern, disk, mounts, tmp_path):
 def test_blocks_are_shared_where_the_file_system_can(disk):
     image = disk("xfs", "400M")
     (image / "vol").mkdir()
-    (image / "vol/f").write_bytes(os.urandom(32 << 20))
+    (image / "vol/f").write_bytes(os.urandom((32 << 20) + 5))
     os.sync()
     free = os.statvfs(image).f_bfree
     copy(image, image / "ours")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from holdfast.errors import HoldfastError, InvalidInput, NotFound, NotReleased
+from holdfast.errors import HoldfastError, InvalidInput, NotFound
 from holdfast.linux import syscalls
 from holdfast.storage.journal import Journal
 from holdfast.storage.shares import ShareKey, Shares, clone_tree

@@ -19,6 +19,10 @@ from tests.image_archives import Layout, entry, tar
 STORAGE = {
     "pod": "web",
     "free_slots": 254,
+    "volumes": [
+        {"volume": "/cache", "type": "tmpfs", "options": ["size=1m"], "holders": ["a"], "guest_paths": ["/run/v0"]},
+        {"volume": "/data", "type": "sandbox", "options": [], "holders": [], "guest_paths": []},
+    ],
     "attachments": [
         {
             "slot": "0:0", "file": f"/d/layers/{'ab' * 32}.erofs", "kind": "layer", "format": "raw", "read_only": True,
@@ -43,6 +47,8 @@ def test_storage_for_a_pipe():
     assert storage.rows(STORAGE)[1:] == [
         ("0:1", "disk (qcow2)", "rw", "1 GiB", "/x\x1b[31m.qcow2", "attach:1", "/run/m1, /run/m2", "", "2 MiB", "0 B"),
         ("9p", "directory", "ro", "", "/srv", "a", "/run/s3", "a:/data", "", ""),
+        ("pod", "tmpfs volume", "rw", "1m", "/cache", "a", "/run/v0", "", "", ""),
+        ("pod", "sandbox volume", "rw", "", "/data", "", "", "", "", ""),
     ]
 
 
@@ -61,6 +67,11 @@ def test_storage_for_a_terminal(capsys, monkeypatch):
         "3  /srv  ro  directory",
         "a at /run/s3",
         "a:/data",
+        "volumes of the pod",
+        "/cache  tmpfs  size=1m",
+        "a at /run/v0",
+        "/data  sandbox",
+        "nobody at",
     ]
 
 

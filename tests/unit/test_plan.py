@@ -94,9 +94,15 @@ def test_a_root_filesystem_without_writes():
 
 
 def test_a_root_filesystem_that_is_a_directory():
-    made = plan(root=DirectoryRoot("/dir", read_only=True))
-    assert made.steps[0] == ShareDirectory("root", "/dir", 1, 3, True)
+    made = plan(root=DirectoryRoot("/dir", read_only=False))
+    assert made.steps[0] == ShareDirectory("root", "/dir", 1, 3, False)
     assert made.rewritten({"root": "/run/mounts/shares/m0"})["root"]["path"] == "/run/mounts/shares/m0"
+
+
+def test_a_directory_that_is_not_written_to_gets_its_mount_points_above_it():
+    made = plan(root=DirectoryRoot("/dir", read_only=True))
+    assert made.steps[:2] == (ShareDirectory("tree", "/dir", 1, 3, True), CombineLayers("root", ("tree",)))
+    assert made.rewritten({"root": "/run/gcs/c/c/rootfs"})["root"]["readonly"] is True
 
 
 def test_one_layer_twice_is_one_layer():
@@ -315,7 +321,7 @@ def replaced(**changes: Any) -> dict[str, Source]:
             "another file",
             id="qcow2",
         ),
-        pytest.param({**bind(), "type": "volume"}, None, Unsupported, "mount-type", "volume", id="volume"),
+        pytest.param({**bind(), "type": "image"}, None, Unsupported, "mount-type", "image", id="image"),
         pytest.param(
             bind("/dir", "/m", "ro=perhaps"), None, InvalidInput, "mount-option", "neither true nor false", id="option"
         ),

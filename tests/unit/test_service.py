@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import NotReleased
 from holdfast.pod import service as service_module
 from holdfast.pod.messages import PodRequest
 from holdfast.pod.service import Service
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Machine:
@@ -19,10 +20,17 @@ class Machine:
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self.written = 0
+        self.changed = asyncio.Condition()
 
     async def traffic(self) -> dict[str, tuple[int, int]]:
-        self.written = min(self.written + 1, self.blocks)
+        async with self.changed:
+            self.written = min(self.written + 1, self.blocks)
+            self.changed.notify_all()
         return {"0:0": (0, self.written)}
+
+    async def has_written(self, blocks: int) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.written >= blocks)
 
 
 class Engine:
@@ -37,8 +45,7 @@ class Engine:
 
     async def release(self, _holder: str) -> None:
         self.tries += 1
-        while self.machine.written < self.until:
-            await asyncio.sleep(0)
+        await self.machine.has_written(self.until)
         if self.errors:
             raise self.errors.pop()
 

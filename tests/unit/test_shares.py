@@ -49,7 +49,7 @@ def test_a_cache_mode_reaches_the_step(mode):
     mount = parse_mount(f"type=bind,src=/dir,dst=/m,cache={mode}", cwd="/")
     assert f"cache={mode}" in mount["options"]
     made = plan(*mount["options"])
-    share = made.steps[1]
+    share = made.steps[2]
     assert isinstance(share, ShareDirectory)
     assert share.cache == mode
     assert (f"cache={mode}" in share.describe()) is (mode != "mmap")
@@ -57,7 +57,7 @@ def test_a_cache_mode_reaches_the_step(mode):
 
 
 def test_the_default_always_shows_what_the_host_has():
-    share = plan().steps[1]
+    share = plan().steps[2]
     assert isinstance(share, ShareDirectory)
     assert share.cache == "mmap"
 
@@ -82,7 +82,7 @@ def test_writable_shares_can_be_denied(source, how):
     with pytest.raises(InvalidInput, match="adding writable shares is denied") as failure:
         plan("rw", source=source, **deny)
     assert failure.value.code == "writable-share-denied"
-    assert plan("ro", source=source, **deny).steps[1].describe().endswith("read-only")
+    assert plan("ro", source=source, **deny).steps[2].describe().endswith("read-only")
     with pytest.raises(InvalidInput, match="denied"):
         plan("ro", read_only_root=False, **deny)
 

@@ -20,6 +20,7 @@ from holdfast.spec.guest_requests import (
     CWCOWCombinedLayers,
     DeviceVerityInfo,
     GuestRequest,
+    ImageVolume,
     Layer,
     LCOWCombinedLayers,
     LCOWMappedDirectory,
@@ -28,6 +29,7 @@ from holdfast.spec.guest_requests import (
     LCOWMappedVPMemDevice,
     LCOWVPMemMappingInfo,
     ModifySettingRequest,
+    PodVolume,
     SCSIDevice,
     SecurityPolicyFragment,
     WCOWCombinedLayers,
@@ -161,8 +163,38 @@ def test_wire_of_windows(settings: Any, resource: str, wire: dict[str, Any]) -> 
     both_ways("windows", settings, resource, wire)
 
 
+OURS: list[tuple[Any, str, dict[str, Any]]] = [
+    (
+        PodVolume("/run/mounts/volumes/m0", "cache", "tmpfs", ("size=1m",), "a/b"),
+        "PodVolume",
+        {
+            "MountPath": "/run/mounts/volumes/m0",
+            "Name": "cache",
+            "Type": "tmpfs",
+            "Options": ["size=1m"],
+            "SubPath": "a/b",
+        },
+    ),
+    (
+        ImageVolume("/run/mounts/volumes/m1", "/run/mounts/scsi/m2/volumes/m1", "/run/gcs/c/c/rootfs", "/data"),
+        "ImageVolume",
+        {
+            "MountPath": "/run/mounts/volumes/m1",
+            "Source": "/run/mounts/scsi/m2/volumes/m1",
+            "ContainerRootPath": "/run/gcs/c/c/rootfs",
+            "Path": "/data",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "resource", "wire"), OURS)
+def test_shapes_of_our_own(settings: Any, resource: str, wire: dict[str, Any]) -> None:
+    both_ways("linux", settings, resource, wire)
+
+
 def test_every_shape_is_on_the_wire_above() -> None:
-    assert {type(row[0]) for row in LINUX + BOTH} == set(RESOURCES.values())
+    assert {type(row[0]) for row in LINUX + BOTH + OURS} == set(RESOURCES.values())
     assert {type(row[0]) for row in WINDOWS + BOTH} == set(WINDOWS_RESOURCES.values())
     assert set(RESOURCES) | set(WINDOWS_RESOURCES) <= set(RESOURCE_TYPES)
 
@@ -256,7 +288,9 @@ def test_every_resource_type(name: str, guest_os: str) -> None:
 
 
 def test_the_resource_types_are_those_of_the_protocol() -> None:
-    assert RESOURCE_TYPES == (
+    """And after them our own."""
+    assert RESOURCE_TYPES[-2:] == ("PodVolume", "ImageVolume")
+    assert RESOURCE_TYPES[:-2] == (
         "MappedDirectory", "SCSIDevice", "MappedVirtualDisk", "MappedVirtualDiskForContainerScratch", "WCOWBlockCims",
         "Network", "NetworkNamespace", "CombinedLayers", "CWCOWCombinedLayers", "VPMemDevice", "VPCIDevice",
         "ContainerConstraints", "HvSocket", "SecurityPolicy", "SecurityPolicyFragment", "PodCgroupMemoryLimit",

@@ -14,8 +14,9 @@ from holdfast.api import container_request
 from holdfast.errors import HoldfastError
 from holdfast.pod.client import STDERR, STDOUT, Client
 from holdfast.pod.messages import Stdio
+from holdfast.spec.default import CAPABILITIES
 from holdfast.spec.mounts import parse_mount
-from tests.images import make_disk
+from tests.images import is_clean, make_bundle, make_disk
 from tests.vm.support import BUSYBOX, assert_holds_nothing, output, sh
 
 if TYPE_CHECKING:
@@ -75,3 +76,18 @@ def test_dots_after_a_link_are_the_kernels_to_resolve(shared_pod, tmp_path: Path
     source = f"{tmp_path}/link/../name"
     assert os.path.samefile(parse_mount(f"type=bind,src={source},dst=/t", cwd="/")["source"], tmp_path / "deep/name")
     assert output(sh(shared_pod, "cat /t", mounts=[f"type=bind,src={source},dst=/t"])) == "right\n"
+
+
+def test_a_mount_that_a_container_left_below_its_disk(shared_pod, tmp_path):
+    """Where its mounts are shared with the guest's, one with the right to mount could keep its disk for ever."""
+    disk = make_disk(tmp_path / "disk", "ext4")
+    mighty = (*CAPABILITIES, "CAP_SYS_ADMIN")
+    bundle = make_bundle(
+        tmp_path / "bundle", ["sh", "-c", "mkdir '/d/sub dir'; mount -t tmpfs none '/d/sub dir'; echo done"],
+        linux={"rootfsPropagation": "rshared"},
+        process={"capabilities": dict.fromkeys(("bounding", "effective", "permitted"), mighty)},
+    )  # fmt: skip
+    mount = f"type=disk,src={disk},dst=/d,propagation=rshared"
+    assert output(shared_pod.run(bundle=bundle, mounts=[mount])) == "done\n"
+    assert_holds_nothing(shared_pod)
+    assert is_clean(disk)

@@ -27,12 +27,17 @@ from holdfast.cli.options import (
     TemplateInspectOptions,
     TemplateListOptions,
     TemplateRemoveOptions,
+    VolumeInspectOptions,
+    VolumeListOptions,
+    VolumeRemoveOptions,
     Words,
     make_attach,
     make_detach,
     make_exec,
     make_pod_create,
     make_run,
+    make_volume_create,
+    make_volume_grow,
     usage_error,
 )
 
@@ -64,6 +69,7 @@ def make_parser() -> ArgumentParser:
     _add_pods(verbs)
     _add_storage(verbs)
     _add_stores(verbs)
+    _add_volumes(verbs)
     verbs.add("audit", "what is held, and by whom; fails if anything is held by nobody", lambda _: AuditOptions())
     verbs.add("gc", "let go of what is held by nobody", lambda _: GcOptions())
     verbs.add("doctor", "what this host can do, what is missing, and how to get it", lambda _: DoctorOptions())
@@ -150,7 +156,7 @@ def _add_mounts(parser: ArgumentParser) -> None:
 
     text = "type=bind|disk|physical-disk|tmpfs|volume|image,src=..,dst=..[,ro] (repeatable)"
     parser.add_argument("--mount", dest="mounts", type=mount, action="append", default=[], metavar="SPEC", help=text)
-    text = "SRC:DST[:ro]: a folder or file of this host (repeatable)"
+    text = "SRC:DST[:ro]: a folder or file of this host, or a volume's name (repeatable)"
     parser.add_argument("-v", "--volume", dest="mounts", type=volume, action="append", metavar="SPEC", help=text)
 
 
@@ -222,15 +228,31 @@ def _add_stores(verbs: _Verbs) -> None:
     _add_listing(template, "template", TemplateListOptions, TemplateInspectOptions, TemplateRemoveOptions)
 
 
+def _add_volumes(verbs: _Verbs) -> None:
+    volume = verbs.group("volume", "disks that pods mount by name, and that outlive them")
+    parser = volume.add("create", "make an empty volume", make_volume_create)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--size", metavar="SIZE", help="how much can be written to it (10G)")
+    parser.add_argument("--label", action="append", default=[], metavar="K=V", help="for your own use (repeatable)")
+    parser = volume.add("grow", "make a volume larger, while a pod writes to it, too", make_volume_grow)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--size", required=True, metavar="SIZE", help="the whole new size")
+
+    parser = _add_listing(volume, "volume", VolumeListOptions, VolumeInspectOptions, VolumeRemoveOptions)
+    parser.set_defaults(make=lambda words: VolumeRemoveOptions(tuple(words.found.names), words.found.force))
+    parser.add_argument("-f", "--force", action="store_true", help="one that is not there is no error")
+
+
 def _add_listing(
     verbs: _Verbs,
     noun: str,
     listing: Callable[[], Struct],
     inspect: Callable[[str], Struct],
     remove: Callable[[tuple[str, ...]], Struct],
-) -> None:
+) -> ArgumentParser:
     verbs.add("list", f"list {noun}s", lambda _: listing())
     parser = verbs.add("inspect", f"all about one {noun}", lambda words: inspect(words.found.name))
     parser.add_argument("name", metavar=noun.upper())
     parser = verbs.add("remove", f"remove {noun}s that nothing uses", lambda words: remove(tuple(words.found.names)))
     parser.add_argument("names", nargs="+", metavar=noun.upper())
+    return parser

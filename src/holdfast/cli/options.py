@@ -30,7 +30,7 @@ DEFAULT_DATA = "/var/lib/holdfast"
 
 Isolation = Literal["vm", "namespace"]
 #: Mount types, as in a spec, that can be added to a pod that runs.
-ATTACHABLE = ("bind", "virtual-disk", "physical-disk")
+ATTACHABLE = ("bind", "virtual-disk", "physical-disk", "volume")
 
 
 class SandboxOptions(Struct, frozen=True):
@@ -174,6 +174,34 @@ class TemplateInspectOptions(Struct, frozen=True):
 
 class TemplateRemoveOptions(Struct, frozen=True):
     names: tuple[str, ...]
+
+
+class VolumeCreateOptions(Struct, frozen=True):
+    """``size_bytes`` is None for the usual one."""
+
+    name: str
+    size_bytes: int | None = None
+    labels: dict[str, str] = {}
+
+
+class VolumeListOptions(Struct, frozen=True):
+    pass
+
+
+class VolumeInspectOptions(Struct, frozen=True):
+    name: str
+
+
+class VolumeRemoveOptions(Struct, frozen=True):
+    """``force`` makes one that is not there no error; nothing takes one from a pod that lives."""
+
+    names: tuple[str, ...]
+    force: bool = False
+
+
+class VolumeGrowOptions(Struct, frozen=True):
+    name: str
+    size_bytes: int
 
 
 class AuditOptions(Struct, frozen=True):
@@ -405,6 +433,16 @@ def make_pod_create(words: Words) -> PodCreateOptions:
     return PodCreateOptions(pod, words.sandbox(), words.pairs("--annotation", words.found.annotation))
 
 
+def make_volume_create(words: Words) -> VolumeCreateOptions:
+    found = words.found
+    size = None if found.size is None else parse_size(found.size, subject="--size")
+    return VolumeCreateOptions(found.name, size, words.pairs("--label", found.label))
+
+
+def make_volume_grow(words: Words) -> VolumeGrowOptions:
+    return VolumeGrowOptions(words.found.name, parse_size(words.found.size, subject="--size"))
+
+
 def make_attach(words: Words) -> AttachOptions:
     pod, slash, container = words.found.pod.partition("/")
     mounts = words.mounts(destination_needed=bool(slash))
@@ -413,7 +451,7 @@ def make_attach(words: Words) -> AttachOptions:
     for mount in mounts:
         if mount["type"] not in ATTACHABLE:
             why = f"a mount of type {mount['type']} cannot be added to a running pod"
-            raise words.wrong(why, "bind, disk and physical-disk can")
+            raise words.wrong(why, "bind, disk, physical-disk and volume can")
     return AttachOptions(words.name(pod, "POD"), mounts, words.name(container, "CONTAINER") if slash else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,7 +28,7 @@ def plan(command: PlanOptions, line: CommandLine, output: Output) -> int:
     else:
         from holdfast.pod.containers import make_plan
 
-        made = make_plan(request)
+        made = make_plan(request, Path(line.data))
         found = {"steps": msgspec.to_builtins(made.steps), "describe": made.describe()}
     if output.json:
         output.data(found)

@@ -28,7 +28,7 @@ def run(command: RunOptions, line: CommandLine, output: Output) -> int:
     if command.pod is None:
         from holdfast.pod.containers import make_plan
 
-        make_plan(request)  # what can be known to be wrong is said before a machine is started
+        make_plan(request, Path(line.data))  # what can be known to be wrong is said before a machine is started
     if command.detach:
         return _run_detached(command, line, output, pod_name, request, arguments)
     if command.pod is not None:
@@ -167,18 +167,14 @@ def sandbox_arguments(sandbox: SandboxOptions) -> dict[str, Any]:
     Raises:
         Unsupported: what is not built yet; nothing else is taken in its place.
     """
-    if sandbox.isolation != "vm":
-        raise Unsupported(
-            "start pod", subject=f"--isolation {sandbox.isolation}", why="it is not built yet",
-            hint="leave it out for a virtual machine", code="isolation-unsupported",
-        )  # fmt: skip
     if sandbox.template not in (None, "none"):
         raise Unsupported(
             "start pod", subject=f"--template {sandbox.template}", why="templates of one's own are not built yet",
             hint="leave it out, or --template none to boot afresh", code="template-unsupported",
         )  # fmt: skip
     return {
-        "memory": sandbox.memory_bytes, "cpus": sandbox.cpus, "template": sandbox.template,
+        "isolation": sandbox.isolation, "memory": sandbox.memory_bytes, "cpus": sandbox.cpus,
+        "template": sandbox.template,
         "writable_shares": sandbox.writable_shares, "pmem": sandbox.pmem,
         "ports": sandbox.ports,
     }  # fmt: skip

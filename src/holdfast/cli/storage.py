@@ -38,7 +38,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         where = ", ".join(disk["guest_paths"])
         size = shown.size(disk["size_bytes"])
         lines.append(
-            (disk["slot"], _kind(disk), mode(disk), size, disk["file"], ", ".join(disk["holders"]), where,
+            (disk["slot"], _kind(disk), mode(disk), size, disk.get("volume") or disk["file"],
+             ", ".join(disk["holders"]), where,
              _in_containers(disk), *(shown.size(disk.get(key, 0)) for key in ("read_bytes", "written_bytes")))
         )  # fmt: skip
     for layer in found.get("pmem", ()):
@@ -52,6 +53,11 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for device in found.get("devices", ()):
         holders, nodes = ", ".join(device["holders"]), " ".join(device["nodes"])
         lines.append((f"port{device['port']}", "device", "rw", "", device["device"], holders, nodes, "", "", ""))
+    for volume in found.get("volumes", ()):
+        holders, where = ", ".join(volume["holders"]), " ".join(volume["guest_paths"])
+        size = next((o.removeprefix("size=") for o in volume["options"] if o.startswith("size=")), "")
+        inside = _in_containers(volume)
+        lines.append(("pod", f"{volume['type']} volume", "rw", size, volume["volume"], holders, where, inside, "", ""))
     return lines
 
 
@@ -67,11 +73,15 @@ def mode(thing: dict[str, Any]) -> str:
 
 def _kind(disk: dict[str, Any]) -> str:
     """What the disk is for; and its format, if that is not the usual one."""
+    if disk.get("volume"):
+        return "volume"
     return disk["kind"] if disk["format"] == "raw" else f"{disk['kind']} ({disk['format']})"
 
 
 def _file(disk: dict[str, Any]) -> str:
-    """The file's path; of a layer's, whose name is one digest or two, the beginning."""
+    """The file's path, or the volume's name; of a layer's, whose name is one digest or two, the beginning."""
+    if disk.get("volume"):
+        return str(disk["volume"])
     folder, _, name = disk["file"].rpartition("/")
     path: str = disk["file"]
     return f"{folder}/{name[:12]}….erofs" if disk["kind"] == "layer" and len(name) > 32 else path
@@ -118,6 +128,13 @@ def _tree(found: dict[str, Any], output: Output) -> None:
         branch.add(text((", ".join(share["holders"]), "magenta"), (" at ", "dim"), (share["guest_path"], "")))
         if inside := _in_containers(share):
             branch.add(text((inside, "")))
+    if found.get("volumes"):
+        volumes = tree.add(text(("volumes of the pod", "bold")))
+        for volume in found["volumes"]:
+            what = f"  {volume['type']}  {','.join(volume['options'])}"
+            branch = volumes.add(text((volume["volume"], ""), (what, "dim")))
+            holders = ", ".join(volume["holders"]) or "nobody"
+            branch.add(text((holders, "magenta"), (" at ", "dim"), (" ".join(volume["guest_paths"]), "")))
     Console(no_color=not output.colour, highlight=False).print(tree)
 
 
@@ -180,6 +197,8 @@ def _resolve(target: str, found: dict[str, Any]) -> str:
         (disk["file"], path, disk["holders"]) for disk in found["attachments"] for path in disk["guest_paths"]
     ]
     things += [(share["path"], share["guest_path"], share["holders"]) for share in found["shares"]]
+    volumes = [disk for disk in found["attachments"] if disk.get("volume") == target]
+    things += [(target, path, disk["holders"]) for disk in volumes for path in disk["guest_paths"]]
     if any(target == path for _, path, _ in things):
         return target
     here = os.path.realpath(target)

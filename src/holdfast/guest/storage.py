@@ -8,7 +8,7 @@ simply ask again.
 from __future__ import annotations
 
 from holdfast.errors import InvalidInput
-from holdfast.guest import disk_mounts, layers, pci, pmem, shares
+from holdfast.guest import disk_mounts, layers, pci, pmem, shares, volumes
 from holdfast.guest import settings as settings_of
 
 TYPE_CHECKING = False
@@ -31,6 +31,10 @@ _HANDLERS = {
     ("VPMemDevice", "Add"): pmem.add,
     ("VPMemDevice", "Remove"): pmem.remove,
     ("VPCIDevice", "Add"): pci.add,
+    ("PodVolume", "Add"): volumes.add,
+    ("PodVolume", "Remove"): volumes.remove,
+    ("ImageVolume", "Add"): volumes.add_image,
+    ("ImageVolume", "Remove"): volumes.remove,
 }
 
 

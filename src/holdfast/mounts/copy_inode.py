@@ -8,11 +8,8 @@ kernel follows to that inode and no further, even if it is a link (path_resoluti
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-
-from holdfast.linux import syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ _NOT_COPIED = (
     # XFS shows how it stores what system.posix_acl_* says, too.
     "trusted.SGI_ACL_",
 )
-_NOT_HERE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.EPERM)
+_NOT_HERE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.EPERM)
 _CHUNK_BYTES = 1 << 30
 _BUFFER_BYTES = 256 << 10
 
@@ -40,12 +37,11 @@ class InodeCopy:
         dropped: name of an xattr that the target cannot have -> how often.
     """
 
-    __slots__ = ("_clone", "_gid", "_mover", "_uid", "data_bytes", "dropped")
+    __slots__ = ("_gid", "_mover", "_uid", "data_bytes", "dropped")
 
     def __init__(self) -> None:
         self.data_bytes = 0
         self.dropped: dict[str, int] = {}
-        self._clone = True
         self._mover = 0
         # The owner of all that is made here, and the kernel need not be told again.
         self._uid, self._gid = os.geteuid(), os.getegid()
@@ -61,25 +57,10 @@ class InodeCopy:
         Raises:
             OSError: reading or writing failed; ENOSPC for one.
         """
-        size = info.st_size
-        if self._clone and self._cloned(source_fd, target_fd):
-            self.data_bytes += size
-        elif info.st_blocks * 512 >= size:
-            self._extent(source_fd, target_fd, 0, size)
+        if info.st_blocks * 512 >= info.st_size:
+            self._extent(source_fd, target_fd, 0, info.st_size)
         else:
-            self._extents(source_fd, target_fd, size)
-
-    def _cloned(self, source_fd: int, target_fd: int) -> bool:
-        """One call for the whole file, holes and all, where blocks can be shared (ioctl_ficlone(2): btrfs, XFS)."""
-        try:
-            fcntl.ioctl(target_fd, syscalls.FICLONE, source_fd)
-        except OSError as error:
-            if error.errno not in (*_NOT_HERE, errno.ETXTBSY):
-                raise
-            # EINVAL and ETXTBSY are about this file; the others about the file systems.
-            self._clone = error.errno in (errno.EINVAL, errno.ETXTBSY)
-            return False
-        return True
+            self._extents(source_fd, target_fd, info.st_size)
 
     def _extents(self, source_fd: int, target_fd: int, size: int) -> None:
         """Only the data: what is not written stays a hole."""
@@ -170,8 +151,9 @@ def _read_and_write(source_fd: int, target_fd: int, offset: int, count: int) -> 
     return os.pwrite(target_fd, data, offset)
 
 
-# From the best to the one that always works.  The first shares blocks or copies on the server where that can be done,
-# and refuses two file systems (EXDEV; so an overlay and anything else); the second spares one copy of two.
+# From the best to the one that always works.  The first shares blocks where that can be done (btrfs and XFS, as ioctl
+# FICLONE would) or copies on the server (NFS), and refuses two file systems (EXDEV; so an overlay and anything else);
+# the second spares one copy of two.
 _MOVERS: tuple[Callable[[int, int, int, int], int], ...] = (
     lambda source_fd, target_fd, offset, count: os.copy_file_range(source_fd, target_fd, count, offset, offset),
     _send,

@@ -9,6 +9,7 @@ from holdfast.errors import HoldfastError, InvalidInput, NotFound, Unsupported
 from holdfast.mounts.options import split
 from holdfast.spec.disk_options import BLOCKDEV, PREFIX
 from holdfast.spec.runtime import DISK_TYPES, clean_path, spec_from_raw
+from holdfast.storage import volumes
 from holdfast.storage.attachments import GUEST_SECONDS, while_alive
 from holdfast.storage.plan import check_shares, mount_step
 from holdfast.storage.survey import survey
@@ -57,10 +58,11 @@ class HotAttach:
         elif not raw.get("destination"):
             raw = {**raw, "destination": "/"}
         document = {"ociVersion": "1.0.2", "mounts": [raw]}
-        mount = spec_from_raw(document, "attach").mounts[0]
-        step = mount_step(0, mount, survey((mount,), DISK_TYPES), [], self._engine.snapshot().disks)
+        mount = volumes.resolve(spec_from_raw(document, "attach").mounts, self._engine.data)[0]
+        sources = survey((mount,), (*DISK_TYPES, volumes.KIND))
+        step = mount_step(0, mount, sources, [], self._engine.snapshot().disks)
         if step is None:
-            raise InvalidInput("attach", subject=mount.type, why="only disks and host directories can be attached")
+            raise InvalidInput("attach", subject=mount.type, why="only disks, volumes and host directories can be")
         writable = not container or self._containers.may_write_to_shares(container)
         check_shares((step,), writable=writable and self._engine.snapshot().writable_shares)
         if container:

@@ -15,7 +15,9 @@ from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
 from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
 from holdfast.spec.checks import check
+from holdfast.spec.hints import match
 from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
+from holdfast.storage import volume_plan, volumes
 from holdfast.storage.pci import add_nodes
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot, plan_container
 from holdfast.storage.survey import look, survey
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from holdfast.machine.vm import VirtualMachine
+    from holdfast.machine.sandbox import PodSandbox
     from holdfast.storage.engine import Engine
     from holdfast.storage.steps import Plan
     from holdfast.wire.aio import Connection, Stream
@@ -48,7 +50,7 @@ class Process:
 class Containers:
     """All containers of a pod."""
 
-    def __init__(self, pod: str, folder: Path, machine: VirtualMachine, engine: Engine) -> None:
+    def __init__(self, pod: str, folder: Path, machine: PodSandbox, engine: Engine) -> None:
         self._pod = pod
         self._last: set[str] = set()
         self._folder = folder
@@ -67,7 +69,7 @@ class Containers:
 
     def plan(self, request: ContainerRequest) -> Plan:
         """The plan for a container in this pod as it is now; nothing is touched."""
-        return make_plan(request, self._engine)
+        return make_plan(request, self._engine.data, self._engine)
 
     async def run(self, client: Connection, request: ContainerRequest) -> dict[str, Any]:
         """Runs a container; returns when its process has been started.
@@ -81,10 +83,13 @@ class Containers:
         if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now
             await self._engine.release(name)
         plan = self.plan(request)
+        for text in plan.warnings:
+            client.event("say", {"text": text})
         args = tuple(request.spec["process"]["args"])
         self._infos[name] = ContainerInfo(name, self._pod, "starting", request.image, args, time.time_ns())
         try:
             held = await self._engine.prepare(name, plan.steps)
+            self._engine.hints = plan.hints
             try:
                 spec = plan.rewritten(held.paths)
                 add_nodes(spec, held.nodes)
@@ -115,6 +120,7 @@ class Containers:
         params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
         if isinstance(request.root, LayeredRoot) and request.root.scratch_bytes:
             params["root"] = {"mode": request.root.mode, "uid": request.root.uid, "gid": request.root.gid}
+        params["tmp"] = volume_plan.tmp_if_empty(spec_from_raw(spec, request.name))
         terminal = bool(spec["process"].get("terminal"))
         return await self._launch(client, "start", request.name, request.stdio, terminal, params)
 
@@ -315,15 +321,24 @@ class Containers:
         return self._infos[name].code
 
 
-def make_plan(request: ContainerRequest, engine: Engine | None = None) -> Plan:
+def make_plan(request: ContainerRequest, data: Path, engine: Engine | None = None) -> Plan:
     """The plan for a container: the specification checked, its sources looked at, its steps ordered."""
     spec = spec_from_raw(request.spec, request.name)
     check(spec, request.name)
-    sources = survey(spec.mounts, DISK_TYPES)
+    tree = volume_plan.whole_tree(spec)
+    document = {**request.spec, "mounts": tree.raw_mounts(request.spec.get("mounts") or [])}
+    spec = spec_from_raw(document, request.name)
+    spec = msgspec.structs.replace(spec, mounts=volumes.resolve(spec.mounts, data))
+    sources = survey(spec.mounts, (*DISK_TYPES, volumes.KIND))
     if isinstance(request.root, DirectoryRoot):
         sources[request.root.path] = look(request.root.path)
     snapshot = engine.snapshot() if engine else None
-    return plan_container(request.name, request.spec, spec, request.root, sources, snapshot)
+    hints = volume_plan.pod_hints(spec, snapshot.hints if snapshot else ())
+    for hint in hints:
+        if hint.kind == "bind" and any(match((hint,), mount) for mount in spec.mounts):
+            sources[hint.source] = look(hint.source)
+    plan = plan_container(request.name, document, spec, request.root, sources, snapshot, hints)
+    return msgspec.structs.replace(plan, warnings=tree.warnings)
 
 
 async def _nothing(_name: str) -> None:

@@ -18,6 +18,12 @@ REUSE_SCRATCH = "containerd.io/snapshot/io.microsoft.container.storage.reuse-scr
 #: hcsshim: no container of the pod, or this one, gets a share that it can write to.
 NO_WRITABLE_SHARES = "io.microsoft.virtualmachine.fileshares.disablewritable"
 
+#: A mount that a hint shares must have the hint's very options; else it may be stricter.
+EXACT_HINTS = "dev.holdfast.exact-hints"
+
+#: Whether ``/tmp`` is in memory: ``auto`` (if the image has nothing there), ``tmpfs`` (always) or ``rootfs`` (never).
+TMP = "dev.holdfast.tmp"
+
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 

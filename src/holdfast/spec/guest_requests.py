@@ -38,6 +38,7 @@ ResourceType = Literal[
     "MappedDirectory", "SCSIDevice", "MappedVirtualDisk", "MappedVirtualDiskForContainerScratch", "WCOWBlockCims",
     "Network", "NetworkNamespace", "CombinedLayers", "CWCOWCombinedLayers", "VPMemDevice", "VPCIDevice",
     "ContainerConstraints", "HvSocket", "SecurityPolicy", "SecurityPolicyFragment", "PodCgroupMemoryLimit",
+    "PodVolume", "ImageVolume",
 ]  # fmt: skip
 RESOURCE_TYPES: tuple[str, ...] = get_args(ResourceType)
 FilterType = Literal["WCIFS", "UnionFS"]
@@ -180,6 +181,32 @@ class LCOWMappedVPCIDevice(Shape, frozen=True):
     port: Unsigned = 0
 
 
+class PodVolume(Shape, frozen=True):
+    """A container's view of a volume that the pod's containers share.  Not in the protocol of others.
+
+    ``type`` is ``tmpfs``, ``sandbox``, ``sandbox-tmp``, ``hugepages`` or ``uvm``; ``options`` are the volume's, and
+    count for who makes it.
+    """
+
+    mount_path: str = ""
+    name: str = ""
+    type: str = ""
+    options: tuple[str, ...] = ()
+    sub_path: str = ""
+
+
+class ImageVolume(Shape, frozen=True):
+    """A volume of an image, filled with what the container's root filesystem has at ``path``.  Not in others' protocol.
+
+    ``source`` is the folder that it is made of; without one it is in memory.
+    """
+
+    mount_path: str = ""
+    source: str = ""
+    container_root_path: str = ""
+    path: str = ""
+
+
 class ConfidentialOptions(Shape, frozen=True):
     enforcer_type: str = ""
     encoded_security_policy: str = ""
@@ -200,7 +227,7 @@ class SecurityPolicyFragment(Shape, frozen=True):
 Settings = (
     LCOWMappedVirtualDisk | SCSIDevice | LCOWMappedDirectory | LCOWCombinedLayers | LCOWMappedVPMemDevice
     | LCOWMappedVPCIDevice | WCOWMappedVirtualDisk | WCOWMappedVirtualDiskForContainerScratch | WCOWMappedDirectory
-    | WCOWCombinedLayers | CWCOWCombinedLayers | ConfidentialOptions | SecurityPolicyFragment
+    | PodVolume | ImageVolume | WCOWCombinedLayers | CWCOWCombinedLayers | ConfidentialOptions | SecurityPolicyFragment
 )  # fmt: skip
 
 #: ``ResourceType`` on the wire -> the shape of its ``Settings`` for a Linux guest, ...
@@ -211,6 +238,8 @@ RESOURCES: dict[str, type[Settings]] = {
     "CombinedLayers": LCOWCombinedLayers,
     "VPMemDevice": LCOWMappedVPMemDevice,
     "VPCIDevice": LCOWMappedVPCIDevice,
+    "PodVolume": PodVolume,
+    "ImageVolume": ImageVolume,
     "SecurityPolicy": ConfidentialOptions,
     "SecurityPolicyFragment": SecurityPolicyFragment,
 }

@@ -196,6 +196,7 @@ class Attachments:
                 alone = disk.level == "individual"
                 self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=alone)
                 undo.push("end lease", lambda: self._end_lease(key))
+                _check_still_there(disk, key)
                 if disk.block_device and alone:
                     fd = _claim(disk, fd)
             attachment = made = Attachment(disk, key, slot, size, row, leased, disk.level)
@@ -279,6 +280,16 @@ def _claim(disk: Disk, fd: int) -> int:
         ) from None  # fmt: skip
     os.close(fd)
     return claimed
+
+
+def _check_still_there(disk: Disk, key: DiskKey) -> None:
+    """A volume may have been removed, rightly, after it was opened and before the lease on it was taken."""
+    try:
+        found = identity(os.stat(disk.path))
+    except OSError as error:
+        raise NotFound("open disk", subject=disk.path, why=error, code="source-not-found") from None
+    if found != (key.device, key.inode):
+        raise InvalidInput("open disk", subject=disk.path, why="another file is there now", code="source-changed")
 
 
 async def while_alive(sandbox: Sandbox, action: Callable[[], Awaitable[object]]) -> None:

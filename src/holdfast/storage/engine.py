@@ -14,30 +14,36 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.spec import guest_requests as requests
 from holdfast.storage import scratch as scratch_disks
-from holdfast.storage.attachments import GUEST_SECONDS, Attachments, Disk, add_causes, while_alive
+from holdfast.storage.attachments import GUEST_SECONDS, Attachment, Attachments, Disk, add_causes, while_alive
 from holdfast.storage.counted import Counted
 from holdfast.storage.disk_mounts import DiskMounts
 from holdfast.storage.pci import FunctionKey, Functions, Node
 from holdfast.storage.plan import PodSnapshot
 from holdfast.storage.pmem import NO_ROOM, TOO_BIG, PmemLayers
+from holdfast.storage.pod_volumes import PodVolumes
 from holdfast.storage.shares import ShareKey, Shares
 from holdfast.storage.steps import (
     AnyStep,
     AssignDevice,
     CombineLayers,
+    FillVolume,
     MakeScratch,
     MountDisk,
     MountLayer,
     RunContainer,
     ShareDirectory,
+    UseVolume,
 )  # fmt: skip
 from holdfast.storage.undo import Undo, not_released
+from holdfast.storage.volume_disks import replay, same_file
+from holdfast.storage.volumes import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from holdfast.machine.sandbox import Sandbox
+    from holdfast.spec.hints import Hint
     from holdfast.storage.journal import Journal
 
 #: Disks attached at once: QEMU takes commands one by one, but guests probe and mount side by side.
@@ -96,10 +102,18 @@ class Engine:
         self.attachments = Attachments(sandbox, journal, pod)
         self.disks = DiskMounts(sandbox, self.attachments)
         self.shares = Shares(sandbox, journal, pod)
+        self.volumes = PodVolumes(sandbox)
+        #: Which mounts the pod's containers share, as those that have joined it have said.
+        self.hints: tuple[Hint, ...] = ()
         #: Files of scratch disks that containers share, by whether they are encrypted.
         self._scratch: Counted[bool, int] = Counted(_close)
         self._held: dict[str, Held] = {}
         self._sweeping: asyncio.Task[None] | None = None
+
+    @property
+    def data(self) -> Path:
+        """The data folder."""
+        return self._data
 
     def snapshot(self) -> PodSnapshot:
         """What planning must know of the pod."""
@@ -109,8 +123,9 @@ class Engine:
         layers = frozenset((a.disk.path, a.key.verity) for a, _ in self.attachments.items() if a.disk.kind == "layer")
         scratch = frozenset(encrypted for encrypted, _, _ in self._scratch.items())
         return PodSnapshot(
-            self.attachments.free, frozenset(self._held), disks, holders, layers, scratch, self._writable_shares
-        )
+            self.attachments.free, frozenset(self._held), disks, holders, layers, scratch, self._writable_shares,
+            self.hints,
+        )  # fmt: skip
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
         """Carries out the storage steps of a plan for ``holder``.
@@ -141,12 +156,15 @@ class Engine:
 
     async def _acquire(self, held: Held, steps: tuple[AnyStep, ...]) -> None:
         await self._sweep()
-        side_by_side = MountLayer | MakeScratch | MountDisk | ShareDirectory | AssignDevice
+        side_by_side = MountLayer | MakeScratch | MountDisk | ShareDirectory | UseVolume | AssignDevice
         parallel = [step for step in steps if isinstance(step, side_by_side)]
         await self._all(held, parallel)
         for step in steps:
             if isinstance(step, CombineLayers):
                 await self._combine(held, step)
+                root, scratch = held.paths[step.id], held.paths.get(step.scratch, "")
+            elif isinstance(step, FillVolume):
+                await self.volumes.fill(step, self._volume_path(held, step), root, scratch)
 
     async def _sweep(self) -> None:
         """Tries again to unmake what earlier failures have left, but waits for that only a moment: it may be stuck."""
@@ -189,6 +207,8 @@ class Engine:
             case MakeScratch():
                 await self._mount_scratch(held, step)
             case MountDisk():
+                if step.read_only and name_of(self._data, step.path):
+                    await asyncio.to_thread(replay, self._journal.root, step.path)
                 disk = Disk(
                     step.path, "disk", step.read_only, step.disk_format, step.block_device, step.device, step.inode,
                     access=step.access,
@@ -202,9 +222,15 @@ class Engine:
                 share = await self.shares.add(key, held.holder, file=step.file)
                 held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder), _GROUP)
                 held.paths[step.id] = share.guest_path
+                if step.sub_path:
+                    folder = UseVolume(step.id, share.guest_path, "share", (), step.sub_path)
+                    await self.volumes.use(folder, self._volume_path(held, folder, group=""))
             case AssignDevice():
                 await self._assign(held, step)
-            case CombineLayers() | RunContainer():
+            case UseVolume():
+                path = self._volume_path(held, step)
+                await self.volumes.use(step, path)
+            case CombineLayers() | FillVolume() | RunContainer():
                 raise AssertionError(step)
 
     async def _mount_disk(
@@ -262,6 +288,12 @@ class Engine:
         # The guest makes the folder with the root filesystem, and removes it with that.
         held.paths[step.id] += f"/scratch/{held.holder}"
 
+    def _volume_path(self, held: Held, step: UseVolume | FillVolume, group: str = _GROUP) -> str:
+        """Where a volume is to be shown.  Recorded before it is: the guest may have done it without an answer."""
+        path = held.paths[step.id] = self.volumes.new_path(step, held.holder)
+        held.undo.push(f"volume {step.name}", lambda: self.volumes.release(path), group)
+        return path
+
     async def _combine(self, held: Held, step: CombineLayers) -> None:
         root = f"/run/gcs/c/{held.holder}/rootfs"
         settings = requests.LCOWCombinedLayers(
@@ -300,17 +332,36 @@ class Engine:
         disks = [a for a, holders in self.attachments.items() if a.disk.kind == "scratch" and holder in holders]
         if not disks:
             raise NotFound("grow scratch disk", subject=holder, why="it has none", code="no-scratch")
-        disk = disks[0]
+        await self._grow(disks[0], size_bytes, f"scratch disk {holder}")
+        return size_bytes
+
+    async def grow_volume(self, path: str, size_bytes: int) -> int:
+        """The same for a volume that this pod writes to.
+
+        Args:
+            path: of its disk, on the host.
+
+        Raises:
+            NotFound: this pod does not, or does not any more.
+            InvalidInput: the disk is larger already.
+        """
+        writable = [a for a, _ in self.attachments.items() if not a.disk.read_only]
+        disks = [a for a in writable if same_file(path, a.disk.path) and self.disks.path_of(a)]
+        if not disks:
+            raise NotFound("grow volume", subject=path, why="the pod does not write to it", code="not-attached")
+        await self._grow(disks[0], size_bytes, f"volume {path}")
+        return size_bytes
+
+    async def _grow(self, disk: Attachment, size_bytes: int, what: str) -> None:
         if disk.disk.encrypted:
-            raise Unsupported("grow scratch disk", subject=holder, why="it is encrypted", code="grow-unsupported")
+            raise Unsupported(f"grow {what}", why="it is encrypted", code="grow-unsupported")
         if size_bytes < disk.size_bytes:
             why = f"{size_bytes} bytes are less than the {disk.size_bytes} that it has"
-            raise InvalidInput("grow scratch disk", subject=holder, why=why, code="scratch-size")
+            raise InvalidInput(f"grow {what}", why=why, code="scratch-size")
         await self.attachments.grow(disk, size_bytes)
         slot, (path, *_) = disk.slot, self.disks.path_of(disk)
         settings = requests.LCOWMappedVirtualDisk(mount_path=path, lun=slot.lun, controller=slot.controller)
         await self._guest("Update", settings)
-        return size_bytes
 
     def holds(self, holder: str) -> bool:
         """Whether anything is still held for ``holder``."""
@@ -374,6 +425,7 @@ class Engine:
                 "size_bytes": a.size_bytes,
                 "holders": holders,
                 "guest_paths": self.disks.path_of(a),
+                "volume": name_of(self._data, a.disk.path),
             }
             for a, holders in self.attachments.items()
         ]
@@ -393,6 +445,7 @@ class Engine:
         devices = self._functions.describe() if self._functions is not None else []
         return {
             "pod": self._pod, "attachments": attachments, "pmem": pmem, "shares": shares, "devices": devices,
+            "volumes": self.volumes.describe(),
             "free_slots": self.attachments.free,
         }  # fmt: skip
 

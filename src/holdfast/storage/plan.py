@@ -12,6 +12,7 @@ import msgspec
 
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
+from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.spec import disk_options
 from holdfast.spec.annotations import NO_WRITABLE_SHARES
@@ -19,6 +20,7 @@ from holdfast.spec.annotations import flag as annotation_flag
 from holdfast.spec.mounts import CACHE_MODES
 from holdfast.spec.pmem import pmem_limits
 from holdfast.spec.runtime import DISK_TYPES, Mount, Spec, clean_path
+from holdfast.storage import volume_plan, volumes
 from holdfast.storage.disk_formats import needs_parent, plain
 from holdfast.storage.pci import parse_function
 from holdfast.storage.scratch import whole_blocks
@@ -33,15 +35,17 @@ from holdfast.storage.steps import (
     Rewrite,
     RunContainer,
     ShareDirectory,
+    UseVolume,
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from holdfast.spec.hints import Hint
     from holdfast.storage.survey import Source
 
 #: Types that only a later stage of the plan could resolve.
-_NOT_YET = frozenset({"volume", "image"})
+_NOT_YET = frozenset({"image"})
 #: OVL_MAX_STACK of fs/overlayfs.
 MOST_LAYERS = 500
 _BIND_WORDS = frozenset({"bind", "rbind"})
@@ -56,6 +60,7 @@ class LayeredRoot(msgspec.Struct, frozen=True, tag="layers"):
         mode, uid, gid: of ``/``.
         verity: what each layer is to be checked by, by the path of its disk; empty for not at all.
         encrypted, shared: of the scratch disk; see :class:`~holdfast.storage.steps.MakeScratch`.
+        volumes: paths of the image that are to be volumes.
     """
 
     layers: tuple[tuple[str, str], ...]
@@ -66,6 +71,7 @@ class LayeredRoot(msgspec.Struct, frozen=True, tag="layers"):
     verity: dict[str, Verity] = {}
     encrypted: bool = False
     shared: bool = False
+    volumes: tuple[str, ...] = ()
 
 
 class DirectoryRoot(msgspec.Struct, frozen=True, tag="directory"):
@@ -86,6 +92,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
         layers: (path, root hash that it is checked by) of attached layers.
         scratch: whether the scratch disks that containers share are encrypted.
         writable_shares: whether the pod may have any.
+        hints: which mounts its containers share.
     """
 
     free_slots: int = 256
@@ -95,6 +102,7 @@ class PodSnapshot(msgspec.Struct, frozen=True):
     layers: frozenset[tuple[str, str]] = frozenset()
     scratch: frozenset[bool] = frozenset()
     writable_shares: bool = True
+    hints: tuple[Hint, ...] = ()
 
 
 def plan_container(
@@ -104,6 +112,7 @@ def plan_container(
     root: LayeredRoot | DirectoryRoot,
     sources: dict[str, Source],
     snapshot: PodSnapshot | None = None,
+    hints: tuple[Hint, ...] = (),
 ) -> Plan:
     """The plan for one container.
 
@@ -111,6 +120,7 @@ def plan_container(
         raw, spec: the specification, as a document and typed.
         sources: what the survey saw, by path.
         snapshot: the pod that it joins; None is a new one.
+        hints: which mounts the pod's containers share: what the pod knows, and what this one says.
 
     Raises:
         InvalidInput, NotFound, InUse, Unsupported, Exhausted: what is wrong with the input.
@@ -122,8 +132,9 @@ def plan_container(
         raise InvalidInput("run container", subject=name, why="its specification has no process", code="spec-invalid")
     steps, root_step = _root_steps(root, sources, pmem=pmem_limits(spec.annotations).count > 0)
     rewrites: list[Rewrite] = []
+    ours = {**pod.disks, **volumes.written(spec.mounts, sources)}
     for index, mount in enumerate(spec.mounts):
-        step = mount_step(index, mount, sources, steps, pod.disks)
+        step = _step_for(index, mount, sources, steps, ours, volume_plan.hinted(spec, mount, hints))
         if step is not None:
             if step.id == f"m{index}":
                 steps.append(step)
@@ -132,9 +143,30 @@ def plan_container(
     check_shares(
         steps, writable=pod.writable_shares and not annotation_flag(spec.annotations, NO_WRITABLE_SHARES)
     )  # fmt: skip
+    if isinstance(root, LayeredRoot):
+        for filling, rewrite in volume_plan.image_volumes(root.volumes, spec.mounts):
+            steps.append(filling)
+            rewrites.append(rewrite)
     steps += _device_steps(spec)
     steps.append(RunContainer("run", spec.process.args))
-    return Plan(name, tuple(steps), raw, root_step, tuple(rewrites))
+    return Plan(name, tuple(steps), raw, root_step, tuple(rewrites), hints)
+
+
+def _step_for(
+    index: int,
+    mount: Mount,
+    sources: dict[str, Source],
+    earlier: list[AnyStep],
+    ours: Mapping[tuple[int, int], bool],
+    hinted: tuple[Hint, str] | None,
+) -> MountDisk | ShareDirectory | UseVolume | None:
+    if hinted is None:
+        return volume_plan.of_the_pod(index, mount) or mount_step(index, mount, sources, earlier, ours)
+    hint, sub_path = hinted
+    if hint.kind == "tmpfs":
+        return volume_plan.shared_volume(index, hint, sub_path)
+    step = mount_step(index, volume_plan.shared_directory(mount, hint), sources, [])
+    return msgspec.structs.replace(step, sub_path=sub_path) if isinstance(step, ShareDirectory) else step
 
 
 def _device_steps(spec: Spec) -> list[AnyStep]:
@@ -150,7 +182,10 @@ def _root_steps(
         if source.kind != "directory":
             raise NotFound("share root filesystem", subject=root.path, why=source.why or f"it is a {source.kind}")
         share = ShareDirectory("root", root.path, source.device, source.inode, root.read_only)
-        return [share], "root"
+        if not root.read_only:
+            return [share], "root"
+        # What is missing of the mount points is made above it, not in it.
+        return [msgspec.structs.replace(share, id="tree"), CombineLayers("root", ("tree",))], "root"
     if not root.layers:
         raise InvalidInput("plan container", why="its root filesystem has no layers", code="no-layers")
     # A layer that is there twice (empty ones are) hides itself where it is lower, and overlayfs refuses to have both.
@@ -177,13 +212,13 @@ def mount_step(
     mount: Mount,
     sources: dict[str, Source],
     earlier: list[AnyStep],
-    ours: Collection[tuple[int, int]] = (),
+    ours: Mapping[tuple[int, int], bool] | None = None,
 ) -> MountDisk | ShareDirectory | None:
     """The step for one mount; None for what the runtime does itself (proc, tmpfs, devpts ...).
 
     Args:
         earlier: steps of which one may do for this mount, too.
-        ours: (device, inode) of disks that the pod has already.
+        ours: (device, inode) of disks that the pod has, or is to have by the same plan -> whether writable.
     """
     subject = f"mounts[{index}] {mount.source} at {mount.destination}"
     if mount.kind in _NOT_YET:
@@ -191,7 +226,7 @@ def mount_step(
             "plan mount", subject=subject, why=f"mounts of type {mount.kind} are not built yet", code="mount-type",
             hint="use type=bind, disk, physical-disk or tmpfs",
         )  # fmt: skip
-    if mount.kind not in DISK_TYPES and mount.kind != "bind":
+    if mount.kind not in (*DISK_TYPES, "bind", volumes.KIND):
         return None
     if not mount.source or not mount.destination:
         raise InvalidInput(
@@ -207,7 +242,12 @@ def mount_step(
             "plan mount", subject=subject, why="only a disk can be shown as a device", code="blockdev-destination",
             hint="say type=disk or type=physical-disk",
         )  # fmt: skip
-    step = _share(index, mount, source, subject) if mount.kind == "bind" else _disk(index, mount, source, subject, ours)
+    if mount.kind == volumes.KIND:
+        step = volumes.mount_step(index, mount, source, ours or {}, subject)
+    elif mount.kind == "bind":
+        step = _share(index, mount, source, subject)
+    else:
+        step = _disk(index, mount, source, subject, ours or {})
     # The same thing twice is one step: it is attached once, and mounted where each mount wants it.
     for other in earlier:
         if isinstance(other, MountDisk | ShareDirectory) and msgspec.structs.replace(other, id=step.id) == step:
@@ -261,7 +301,7 @@ def check_shares(steps: Sequence[AnyStep], *, writable: bool) -> None:
             )  # fmt: skip
 
 
-def _disk(index: int, mount: Mount, source: Source, subject: str, ours: Collection[tuple[int, int]]) -> MountDisk:
+def _disk(index: int, mount: Mount, source: Source, subject: str, ours: Mapping[tuple[int, int], bool]) -> MountDisk:
     physical = mount.kind == "physical-disk"
     if physical and source.kind != "block device":
         raise InvalidInput(
@@ -345,9 +385,14 @@ def _is_access(option: str) -> bool:
 
 def _guest_options(mount: Mount) -> tuple[str, ...]:
     """Options of the bind that the runtime makes from the guest's path to the container's."""
-    parsed = mount_options.split(mount.options)
-    known = [o for o in parsed if mount_options.is_flag(o) or o.lower() in mount_options.PROPAGATION_NAMES]
-    kept = [option for option in known if option not in _BIND_WORDS and not _is_access(option)]
+    parsed = mount_options.parse(mount.options)
+    if parsed.flags & syscalls.MS_NOSYMFOLLOW:
+        raise Unsupported(
+            "plan mount", subject=f"{mount.source} at {mount.destination}", why="the runtime ignores nosymfollow",
+            code="mount-option", hint="attach it when the container runs: then it holds",
+        )  # fmt: skip
+    # In the plainest words: of the runtime's other spellings some do nothing, and some something else.
+    kept = mount_options.words(parsed)
     bind = "bind" if "bind" in mount.options and "rbind" not in mount.options else "rbind"
     return (bind, "ro" if mount.read_only else "rw", *kept)
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
-from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
+from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the types
+from holdfast.spec.hints import Hint  # noqa: TC001
+from holdfast.spec.runtime import clean_path
 
 _OF_THE_HOST = ("blockIO", "network", "rdma")
 
@@ -105,7 +107,11 @@ class MountDisk(Step, frozen=True, tag="disk"):
 
 
 class ShareDirectory(Step, frozen=True, tag="share"):
-    """Show a host directory, or one file alone, in the guest."""
+    """Show a host directory, or one file alone, in the guest.
+
+    Attributes:
+        sub_path: the folder of it that the container gets.
+    """
 
     path: str
     device: int
@@ -114,11 +120,43 @@ class ShareDirectory(Step, frozen=True, tag="share"):
     file: bool = False
     recursive: bool = True
     cache: str = "mmap"
+    sub_path: str = ""
 
     def describe(self) -> str:
-        what = "file" if self.file else "directory"
+        what = f"folder {self.sub_path} of" if self.sub_path else "file" if self.file else "directory"
         cache = "" if self.cache == "mmap" else f", cache={self.cache}"
         return f"share {what} {self.path} {'read-only' if self.read_only else 'writable'}{cache}"
+
+
+class UseVolume(Step, frozen=True, tag="volume"):
+    """Show the container a volume that the pod's containers share, or a folder of it; the first makes it.
+
+    Attributes:
+        kind: see :class:`~holdfast.spec.guest_requests.PodVolume`.
+        options: of the volume, not of this view.
+    """
+
+    name: str
+    kind: str
+    options: tuple[str, ...] = ()
+    sub_path: str = ""
+
+    def describe(self) -> str:
+        if self.kind == "uvm":
+            return f"use the guest's own /{self.sub_path}"
+        options = f" ({','.join(self.options)})" if self.options else ""
+        folder = f", its folder {self.sub_path}" if self.sub_path else ""
+        return f"use the pod's {self.kind} volume {self.name}{options}{folder}; make it if it is not there"
+
+
+class FillVolume(Step, frozen=True, tag="image-volume"):
+    """Make a volume for the container alone and copy into it what the image has at its path, ``name``."""
+
+    name: str
+    kind: str = "image"
+
+    def describe(self) -> str:
+        return f"make a volume with what the image has at {self.name}"
 
 
 class AssignDevice(Step, frozen=True, tag="pci"):
@@ -141,7 +179,10 @@ class RunContainer(Step, frozen=True, tag="run"):
         return "run " + " ".join(self.args)
 
 
-AnyStep = MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | AssignDevice | RunContainer
+AnyStep = (
+    MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | UseVolume | FillVolume | AssignDevice
+    | RunContainer
+)  # fmt: skip
 
 
 class Rewrite(msgspec.Struct, frozen=True):
@@ -151,11 +192,13 @@ class Rewrite(msgspec.Struct, frozen=True):
         index: position in the specification's ``mounts``.
         step: id of the step that yields the path.
         options: the mount's options in the guest.
+        destination: for a mount that the specification has not got, where it goes; ``index`` is -1 then.
     """
 
     index: int
     step: str
     options: tuple[str, ...]
+    destination: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -166,6 +209,8 @@ class Plan(msgspec.Struct, frozen=True):
         spec: the caller's specification, not yet rewritten.
         root: id of the step that yields the root filesystem.
         rewrites: mounts that become paths in the guest; the others are the runtime's own.
+        hints: what the pod knows of shared mounts once the container has joined it.
+        warnings: what of the specification is left out, and why.
     """
 
     container: str
@@ -173,6 +218,8 @@ class Plan(msgspec.Struct, frozen=True):
     spec: dict[str, Any]
     root: str
     rewrites: tuple[Rewrite, ...]
+    hints: tuple[Hint, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """One line for each step."""
@@ -182,8 +229,13 @@ class Plan(msgspec.Struct, frozen=True):
         """The specification for the guest, in a copy, from the path that each step has yielded."""
         spec: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self.spec))
         spec["root"] = {**spec.get("root", {}), "path": paths[self.root]}
+        if any(isinstance(step, CombineLayers) and not step.scratch for step in self.steps):
+            spec["root"]["readonly"] = True
         for rewrite in self.rewrites:
-            mount = spec["mounts"][rewrite.index]
+            if rewrite.index >= 0:
+                mount = spec["mounts"][rewrite.index]
+            else:
+                mount = _insert_mount(spec.setdefault("mounts", []), rewrite.destination)
             mount["type"] = "bind"
             mount["source"] = paths[rewrite.step]
             mount["options"] = list(rewrite.options)
@@ -193,3 +245,11 @@ class Plan(msgspec.Struct, frozen=True):
         spec.pop("hooks", None)  # hooks are the host's programs; the guest has none of them
         spec.setdefault("linux", {})["cgroupsPath"] = f"/{self.container}"
         return spec
+
+
+def _insert_mount(mounts: list[dict[str, Any]], destination: str) -> dict[str, Any]:
+    """Adds a mount where it hides nothing: before those below it."""
+    below = (i for i, mount in enumerate(mounts) if clean_path(mount["destination"]).startswith(destination + "/"))
+    mount: dict[str, Any] = {"destination": destination}
+    mounts.insert(next(below, len(mounts)), mount)
+    return mount

@@ -1,0 +1,129 @@
+"""Volumes of a pod: each made by the first container that asks for it, shared by all that ask later.
+
+A volume is mounted once, at a place of its own that no container sees, and stays until the pod ends: what is in it
+outlives whoever uses it.  A container gets a bind of it, or of a folder in it.  That folder is found and made under the
+volume by its open directory, for what is in there are links that containers have made.
+"""
+
+from __future__ import annotations
+
+import os
+
+from holdfast.errors import GuestFailed, InvalidInput, NotFound, Unsupported
+from holdfast.guest import disks, mounting
+from holdfast.guest import settings as settings_of
+from holdfast.linux import syscalls
+from holdfast.mounts import options as mount_options
+from holdfast.mounts.root import Root
+from holdfast.mounts.unmount import remove_mount_point, unmount, unmount_below
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from holdfast.guest.children import Children
+    from holdfast.guest.loop import Task
+
+_MASTERS = "/run/mounts/masters"
+#: Name of a volume -> where it is mounted.
+_masters: dict[str, str] = {}
+#: Type of a volume -> filesystem, mode of folders that are made in it.
+_TYPES = {
+    "tmpfs": ("tmpfs", 0o755),
+    "sandbox": ("tmpfs", 0o777),
+    "sandbox-tmp": ("tmpfs", 0o777),
+    "hugepages": ("hugetlbfs", 0o777),
+}
+
+
+def add(settings: dict[str, Any], _children: Children) -> Task:
+    """Task: shows a volume, or a folder of it, at a path; makes the volume if nobody has."""
+    kind, sub_path = settings_of.text(settings, "Type"), settings_of.text(settings, "SubPath")
+    target = settings_of.path(settings, "MountPath")
+    if kind == "uvm":  # a path of the guest's own
+        if isinstance(disks.places, disks.Told):
+            raise Unsupported(
+                "use guest's path", subject=target, why="without a machine it would be the host's own",
+                code="isolation-unsupported", hint="share it: type=bind",
+            )  # fmt: skip
+        if not os.path.exists(target):
+            raise NotFound("use guest's path", subject=target, why="the guest has none", code="uvm-not-found")
+        return {"path": target}
+    if kind == "share":
+        master = settings_of.path(settings, "Name")
+        if not master.startswith("/run/mounts/shares/") or not os.path.ismount(master):
+            raise InvalidInput("add volume", subject=master, why="no share is there", code="volume-type")
+    elif kind in _TYPES:
+        master = _master(settings_of.text(settings, "Name"), kind, [str(o) for o in settings.get("Options", ())])
+    else:
+        raise InvalidInput("add volume", subject=kind, why="unknown type", code="volume-type")
+    with mounting.NewMount(target):
+        _bind_folder(master, sub_path, target, _TYPES[kind][1] if kind in _TYPES else 0o755)
+    return {"path": target}
+    yield
+
+
+def _master(name: str, kind: str, options: list[str]) -> str:
+    """Where a volume is mounted; mounts it for the first who wants it."""
+    if name not in _masters:
+        where = f"{_MASTERS}/m{len(_masters)}"
+        parsed = mount_options.parse(options)
+        with mounting.NewMount(where):
+            mounting.mount(name, where, _TYPES[kind][0], parsed.flags, parsed.data_text)
+        _masters[name] = where
+    return _masters[name]
+
+
+def _bind_folder(master: str, sub_path: str, target: str, mode: int) -> None:
+    umask = os.umask(0)
+    try:
+        with Root(master) as root, root.mkdir_all(os.fsencode(sub_path), mode) as folder:
+            tree = syscalls.open_tree(folder.fileno(), "", syscalls.AT_EMPTY_PATH | syscalls.OPEN_TREE_CLONE)
+            try:
+                syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+            finally:
+                os.close(tree)
+    except OSError as error:
+        raise GuestFailed("use volume", subject=sub_path or "/", why=error, code="volume-path") from None
+    finally:
+        os.umask(umask)
+
+
+def remove(settings: dict[str, Any], _children: Children) -> Task:
+    """Task: takes a container's view of a volume away; the volume stays.  Already gone is success."""
+    target = settings_of.path(settings, "MountPath")
+    if settings_of.text(settings, "Type") != "uvm":
+        unmount_below(target)
+        unmount(target)
+        remove_mount_point(target)
+    return {}
+    yield
+
+
+def add_image(settings: dict[str, Any], children: Children) -> Task:
+    """Task: makes a volume of an image for one container, and copies into it what the image has at its path.
+
+    Returns:
+        ``{"path": ...}``; the path is empty where the image has something that is no directory.
+    """
+    target, source = settings_of.path(settings, "MountPath"), settings_of.text(settings, "Source")
+    root, path = settings_of.path(settings, "ContainerRootPath"), settings_of.path(settings, "Path")
+    with mounting.NewMount(target):
+        if source:  # a folder on the disk for the container's own writes, and gone with that
+            os.makedirs(source, 0o755)
+            mounting.bind(source, target, read_only=False)
+        else:
+            mounting.mount("volume", target, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755")
+        yield from children.call(lambda: _copy(root, path, target))
+    return {"path": target}
+
+
+def _copy(root_path: str, path: str, target: str) -> str:
+    from holdfast.mounts.copy_up import copy_up  # few pods need it
+
+    target_fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with Root(root_path) as root:
+            return str(copy_up(root, path, target_fd))
+    finally:
+        os.close(target_fd)

@@ -1,0 +1,106 @@
+"""The part of planning that is about volumes of the pod: which mounts are one thing that several containers share.
+
+Pure, as all of planning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from holdfast.errors import InvalidInput
+from holdfast.spec.annotations import EXACT_HINTS, TMP
+from holdfast.spec.annotations import flag as annotation_flag
+from holdfast.spec.hints import Hint, check_compatible, check_restated, match, parse_hints
+from holdfast.spec.tree import TMP_POLICIES, TmpPolicy, container_tree, parse_source, tmp_mount
+from holdfast.storage.steps import FillVolume, Rewrite, UseVolume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from holdfast.spec.runtime import Mount, Spec
+    from holdfast.spec.tree import Tree
+
+
+def whole_tree(spec: Spec) -> Tree:
+    """All that is mounted in the container, in order; ``/tmp`` only if it is to be in memory whatever the image has.
+
+    Raises:
+        InvalidInput: ``annotation``; and see :func:`~holdfast.spec.tree.container_tree`.
+    """
+    return container_tree(spec.mounts, tmp="tmpfs" if _tmp_policy(spec) == "tmpfs" else "rootfs", image_tmp="empty")
+
+
+def tmp_if_empty(spec: Spec) -> bool:
+    """Whether ``/tmp`` is to be in memory if the image has nothing there, at which the guest looks."""
+    return tmp_mount(spec.mounts, _tmp_policy(spec), "empty") is not None
+
+
+def _tmp_policy(spec: Spec) -> TmpPolicy:
+    text = str(spec.annotations.get(TMP, "auto"))
+    policy = next((known for known in TMP_POLICIES if known == text), None)
+    if policy is None:
+        raise InvalidInput(
+            "read annotation", subject=f"{TMP}={text}", why=f"it is none of {', '.join(TMP_POLICIES)}",
+            code="annotation",
+        )  # fmt: skip
+    return policy
+
+
+def of_the_pod(index: int, mount: Mount) -> UseVolume | None:
+    """The step for a mount whose source is something that the pod has, not the host (``sandbox://`` and its like)."""
+    source = parse_source(mount.source) if mount.kind == "bind" else None
+    if source is None:
+        return None
+    return UseVolume(f"m{index}", source.volume, source.kind, source.options, source.path)
+
+
+def pod_hints(spec: Spec, known: tuple[Hint, ...]) -> tuple[Hint, ...]:
+    """The hints of the pod once a container has joined it: what it has, and what the container adds.
+
+    Raises:
+        InvalidInput: an annotation is wrong, or contradicts what the pod has.
+    """
+    found = parse_hints({key: str(value) for key, value in spec.annotations.items()}).hints
+    taken = {hint.name for hint in known} | {hint.source for hint in known}
+    check_restated(known, [hint for hint in found if hint.name in taken or hint.source in taken])
+    return (*known, *(hint for hint in found if hint.name not in taken and hint.source not in taken))
+
+
+def hinted(spec: Spec, mount: Mount, hints: Iterable[Hint]) -> tuple[Hint, str] | None:
+    """The hint that makes a mount a shared one, and where below its source the mount begins.
+
+    Raises:
+        InvalidInput: the mount wants what the hint does not allow.
+    """
+    found = match(hints, mount)
+    if found is None or not found[0].has_master:
+        return None
+    exact = annotation_flag(spec.annotations, EXACT_HINTS)
+    check_compatible(found[0], mount.options, exact=exact, subject=f"{mount.source} at {mount.destination}")
+    return found
+
+
+def shared_volume(index: int, hint: Hint, sub_path: str) -> UseVolume:
+    """The step for a mount whose hint says that it is in memory."""
+    options = tuple(option for option in hint.master_options if not option.startswith("cache="))
+    return UseVolume(f"m{index}", hint.source, "tmpfs", options, sub_path)
+
+
+def shared_directory(mount: Mount, hint: Hint) -> Mount:
+    """What is to be shared for a mount whose hint says that it is a directory: that of the hint, as the hint says."""
+    kept = [option for option in hint.options if option != "bind"]
+    return msgspec.structs.replace(mount, source=hint.source, type="bind", options=("rbind", *kept))
+
+
+def image_volumes(paths: Iterable[str], mounts: Iterable[Mount]) -> list[tuple[FillVolume, Rewrite]]:
+    """A step and a mount for each volume of an image in whose place the specification does not mount something."""
+    if not paths:
+        return []
+    from holdfast.mounts.copy_up import plan_volumes
+
+    taken = {mount.target for mount in mounts}
+    wanted = [volume.path for volume in plan_volumes(tuple(paths)) if volume.path not in taken]
+    steps = [FillVolume(f"volume{number}", path) for number, path in enumerate(wanted)]
+    return [(step, Rewrite(-1, step.id, ("rbind", "rw"), step.name)) for step in steps]
