@@ -103,8 +103,8 @@ def remove(settings: dict[str, Any], _children: Children) -> Task:
 def add_image(settings: dict[str, Any], children: Children) -> Task:
     """Task: makes a volume of an image for one container, and copies into it what the image has at its path.
 
-    Returns:
-        ``{"path": ...}``; the path is empty where the image has something that is no directory.
+    Raises:
+        InvalidInput: ``volume-not-directory``; and others of :func:`~holdfast.mounts.copy_up.copy_up`.
     """
     target, source = settings_of.path(settings, "MountPath"), settings_of.text(settings, "Source")
     root, path = settings_of.path(settings, "ContainerRootPath"), settings_of.path(settings, "Path")

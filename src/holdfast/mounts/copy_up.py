@@ -210,6 +210,8 @@ def _deepest(root: Root, path: str, missing: list[str]) -> tuple[str, list[str]]
             root.resolve(os.fsencode(path), os.O_PATH | os.O_NOFOLLOW).close()
             return path, missing
         except FileNotFoundError:
+            if not path:
+                raise
             path, _, name = path.rpartition("/")
             missing = [name, *missing]
 
