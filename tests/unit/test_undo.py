@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from holdfast.errors import HoldfastError, NotReleased, TimedOut
-from holdfast.storage import undo as undo_module
 from holdfast.storage.undo import Undo, not_released
 
 
@@ -64,14 +63,13 @@ def test_an_action_that_is_no_coroutine_may_fail_too():
     assert not undo.empty
 
 
-def test_each_has_a_deadline_of_its_own(monkeypatch):
-    monkeypatch.setattr(undo_module, "UNDO_SECONDS", 0.02)
+def test_each_has_a_deadline_of_its_own():
     log, undo = Log(), Undo()
     undo.push("first", log.action("first"))
-    undo.push("hangs", lambda: asyncio.Event().wait())
-    undo.push("hangs too", lambda: asyncio.Event().wait())
+    undo.push("hangs", lambda: asyncio.Event().wait(), seconds=0.02)
+    undo.push("hangs too", lambda: asyncio.Event().wait(), seconds=0.01)
     errors = asyncio.run(undo.unwind())
-    assert [str(error) for error in errors] == ["hangs too: not done within 0.02 s", "hangs: not done within 0.02 s"]
+    assert [str(error) for error in errors] == ["hangs too: not done within 0.01 s", "hangs: not done within 0.02 s"]
     assert all(isinstance(error, TimedOut) for error in errors)
     assert log.done == ["first"]
     assert not undo.empty

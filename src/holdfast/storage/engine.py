@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import Exhausted, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.spec import guest_requests as requests
 from holdfast.storage import scratch as scratch_disks
-from holdfast.storage.attachments import GUEST_SECONDS, Attachment, Attachments, Disk, add_causes, while_alive
+from holdfast.storage.attachments import (
+    FLUSH_SECONDS,
+    GUEST_SECONDS,
+    Attachment,
+    Attachments,
+    Disk,
+    add_causes,
+    while_alive,
+)
 from holdfast.storage.counted import Counted
 from holdfast.storage.disk_mounts import DiskMounts
 from holdfast.storage.pci import FunctionKey, Functions, Node
@@ -34,7 +42,7 @@ from holdfast.storage.steps import (
     ShareDirectory,
     UseVolume,
 )  # fmt: skip
-from holdfast.storage.undo import Undo, not_released
+from holdfast.storage.undo import UNDO_SECONDS, Undo, not_released
 from holdfast.storage.volume_disks import replay, same_file
 from holdfast.storage.volumes import name_of
 
@@ -49,6 +57,8 @@ if TYPE_CHECKING:
 #: Disks attached at once: QEMU takes commands one by one, but guests probe and mount side by side.
 _AT_ONCE = 8
 _SWEEP_SECONDS = 1.0
+#: To let go of what the guest has to write back first, and then unmounts and ejects.
+_WRITTEN_SECONDS = FLUSH_SECONDS + UNDO_SECONDS
 #: Disks and shares do not depend on each other; QEMU takes 50 ms to let go of a disk, whatever else it does.
 _GROUP = "disks and shares"
 
@@ -59,6 +69,7 @@ class Held:
     Attributes:
         paths: id of each step done -> the path that it yielded in the guest.
         nodes: device nodes that came with assigned devices.
+        undo, layers: how to let go of all: first of the one, then, though it was acquired side by side, of the other.
     """
 
     def __init__(self, holder: str) -> None:
@@ -66,6 +77,7 @@ class Held:
         self.paths: dict[str, str] = {}
         self.nodes: list[Node] = []
         self.undo = Undo()
+        self.layers = Undo()
         self.failed = False
         self.work: asyncio.Task[None]
         self.releasing: asyncio.Task[list[Exception]] | None = None
@@ -220,7 +232,8 @@ class Engine:
             case ShareDirectory():
                 key = ShareKey(step.device, step.inode, step.path, step.read_only, step.recursive, step.cache)
                 share = await self.shares.add(key, held.holder, file=step.file)
-                held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder), _GROUP)
+                seconds = UNDO_SECONDS if step.read_only else _WRITTEN_SECONDS
+                held.undo.push(f"share {step.path}", lambda: self.shares.remove(share, held.holder), _GROUP, seconds)
                 held.paths[step.id] = share.guest_path
                 if step.sub_path:
                     folder = UseVolume(step.id, share.guest_path, "share", (), step.sub_path)
@@ -249,7 +262,9 @@ class Engine:
             disk, held.holder, options=options, partition=partition, filesystem=filesystem, block_dev=block_dev,
             opened=opened,
         )  # fmt: skip
-        held.undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder), _GROUP)
+        undo = held.layers if disk.kind == "layer" else held.undo
+        seconds = UNDO_SECONDS if disk.read_only else _WRITTEN_SECONDS
+        undo.push(f"disk {disk.path}", lambda: self.disks.unmount(mount, held.holder), _GROUP, seconds)
         held.paths[step_id] = mount.guest_path
 
     async def _mount_pmem(self, held: Held, step: MountLayer, pmem: PmemLayers) -> bool:
@@ -260,7 +275,7 @@ class Engine:
             if error.code in (NO_ROOM, TOO_BIG):
                 return False
             raise
-        held.undo.push(f"layer {step.path}", lambda: pmem.unmount(mount, held.holder), _GROUP)
+        held.layers.push(f"layer {step.path}", lambda: pmem.unmount(mount, held.holder), _GROUP)
         held.paths[step.id] = mount.guest_path
         return True
 
@@ -398,7 +413,7 @@ class Engine:
     async def _let_go(self, held: Held) -> list[Exception]:
         try:
             await asyncio.wait({held.work})
-            errors = await held.undo.unwind()
+            errors = [*await held.undo.unwind(), *await held.layers.unwind()]
             if held.failed:  # what was given up while it was made
                 await self._scratch.settle()
                 await self.disks.settle()
@@ -408,7 +423,7 @@ class Engine:
                         await other.settle()
         finally:
             held.releasing = None
-        if held.undo.empty:
+        if held.undo.empty and held.layers.empty:
             del self._held[held.holder]
         return errors
 

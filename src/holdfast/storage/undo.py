@@ -23,6 +23,7 @@ class Action(NamedTuple):
     what: str
     run: Callable[[], Awaitable[object] | None]
     group: str
+    seconds: float
 
 
 class Undo:
@@ -31,12 +32,20 @@ class Undo:
     def __init__(self) -> None:
         self._actions: list[Action] = []
 
-    def push(self, what: str, action: Callable[[], Awaitable[object] | None], group: str = "") -> None:
+    def push(
+        self,
+        what: str,
+        action: Callable[[], Awaitable[object] | None],
+        group: str = "",
+        seconds: float = UNDO_SECONDS,
+    ) -> None:
         """Remembers how to undo what has just been done.
 
-        What was done side by side is undone side by side: neighbours with the same ``group``.
+        Args:
+            group: what was done side by side is undone side by side: neighbours with the same group.
+            seconds: how long it may take.
         """
-        self._actions.append(Action(what, action, group))
+        self._actions.append(Action(what, action, group, seconds))
 
     def forget(self) -> None:
         """Everything went well: nothing is to be undone."""
@@ -77,12 +86,12 @@ class Undo:
 
 async def _undo(action: Action) -> Exception | None:
     try:
-        async with asyncio.timeout(UNDO_SECONDS):
+        async with asyncio.timeout(action.seconds):
             result = action.run()
             if result is not None:
                 await result
     except TimeoutError:
-        return TimedOut(action.what, why=f"not done within {UNDO_SECONDS:g} s")
+        return TimedOut(action.what, why=f"not done within {action.seconds:g} s")
     except Exception as error:
         return error
     return None
