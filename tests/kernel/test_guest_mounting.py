@@ -72,12 +72,17 @@ def target(tmp_path: Path) -> Path:
 def faults(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     """Nothing fails yet; and ``source`` is the disk in every slot, and the share of its number."""
 
+    really_mount = mounting.mount
+
     def wait_for_disk(*_place: int) -> Any:
         return str(source)
         yield
 
-    def mount(device: str, target: str, fstype: str, flags: int, _data: str) -> None:
-        assert (device, fstype) == (str(source), "ext4")
+    def mount(device: str, target: str, fstype: str, flags: int, data: str) -> None:
+        if fstype != "ext4":
+            really_mount(device, target, fstype, flags, data)
+            return
+        assert device == str(source)
         syscalls.mount(device, target, "", flags | syscalls.MS_BIND)
 
     monkeypatch.setattr(disks, "wait_for_disk", wait_for_disk)
@@ -148,27 +153,38 @@ def test_a_propagation_that_fails(source, target, faults, option):
 
 
 def test_a_remount_that_fails(source, target, faults):
-    """A share, or the only layer, that is to be read-only: both are bound first, and made so by a second call."""
+    """A share that is to be read-only is bound first, and made so by a second call."""
     faults.mount_flags = syscalls.MS_REMOUNT
-    for add in (add_share, lambda path: add_root(path, source)):
-        with pytest.raises(HoldfastError, match="injected"):
-            add(target)
-        assert not is_mounted(target)
-        assert not target.exists()
-        assert contents(source) == CONTENTS
+    with pytest.raises(HoldfastError, match="injected"):
+        add_share(target)
+    assert not is_mounted(target)
+    assert not target.exists()
+    assert contents(source) == CONTENTS
 
 
-@pytest.mark.parametrize("add", ["disk", "share", "root"])
+def test_a_root_that_fails(source, target, faults, tmp_path, monkeypatch):
+    """The memory for its mount points goes, too."""
+    monkeypatch.setattr(layers, "_PLACES", str(tmp_path / "places"))
+    with pytest.raises(HoldfastError):
+        add_root(target, source / "missing")
+    assert not target.exists()
+    assert os.listdir(tmp_path / "places") == []
+    add_root(target, source)
+    assert contents(target) == CONTENTS
+    complete(layers.remove({"ContainerRootPath": str(target)}, CHILDREN))
+    assert os.listdir(tmp_path / "places") == []
+    assert contents(source) == CONTENTS
+
+
+@pytest.mark.parametrize("add", ["disk", "share"])
 def test_what_cannot_be_undone_stays_as_it_is(source, target, faults, add):
     """Whoever removes a mount point that is still mounted, recursively, removes what is on the disk."""
     faults.mount_flags, faults.umount = PROPAGATION | syscalls.MS_REMOUNT, True
     with pytest.raises(NotReleased):
-        {"disk": lambda: add_disk(target, "shared"), "share": lambda: add_share(target)}.get(
-            add, lambda: add_root(target, source)
-        )()
+        add_disk(target, "shared") if add == "disk" else add_share(target)
     assert is_mounted(target)
-    remove = {"disk": disk_mounts, "share": shares, "root": layers}[add].remove
-    settings = {"MountPath": str(target), "ContainerRootPath": str(target)}
+    remove = {"disk": disk_mounts, "share": shares}[add].remove
+    settings = {"MountPath": str(target)}
     with pytest.raises(NotReleased):
         complete(remove(settings, CHILDREN))
     assert contents(source) == contents(target) == CONTENTS

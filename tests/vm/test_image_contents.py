@@ -6,6 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from holdfast.spec.annotations import TMP
 from tests.vm.support import HOST_PYTHON, HOST_PYTHON_ENV, HOST_USR, RICH, assert_holds_nothing, output
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ def test_every_file_is_what_umoci_unpacks(shared_pod, rich_tree: Path):
     exec(compile(LIST_TREE, "list_tree", "exec"), scope)
     theirs = scope["tree_of"](os.fsencode(rich_tree), {os.fsencode(name) for name in MOUNTED})  # type: ignore[operator]
     result = shared_pod.run(
-        RICH, [*HOST_PYTHON, "-c", LIST_TREE, "/", *MOUNTED], env=HOST_PYTHON_ENV, mounts=[HOST_USR]
-    )
+        RICH, [*HOST_PYTHON, "-c", LIST_TREE, "/", *MOUNTED], env=HOST_PYTHON_ENV, mounts=[HOST_USR],
+        annotations={TMP: "rootfs"},
+    )  # fmt: skip
     ours = json.loads(output(result))
     wrong = {name: (ours.get(name), theirs.get(name)) for name in ours.keys() | theirs.keys()
              if ours.get(name) != theirs.get(name)}  # fmt: skip
