@@ -191,6 +191,11 @@ def test_a_hard_link_to_what_comes_later_or_never(tree: Tree) -> None:
     assert tree.stat("a").st_ino == tree.stat("b").st_ino
 
 
+def test_a_hard_link_through_links_in_a_circle(tree: Tree) -> None:
+    with pytest.raises(Corrupt, match="links in a circle"):
+        tree.extract(tar(entry("a", "symlink", linkname="a"), entry("b", "link", linkname="a/b")))
+
+
 def test_a_hard_link_to_nothing(tree: Tree) -> None:
     with pytest.raises(Corrupt, match="in no layer"):
         tree.extract(tar(entry("b", "link", linkname="a")), tar(entry("other")))

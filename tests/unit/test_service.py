@@ -19,6 +19,7 @@ class Machine:
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
+        self.pid = 0
         self.written = 0
         self.changed = asyncio.Condition()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+import holdfast
 from holdfast.api import container_request
-from holdfast.errors import InvalidInput, NotFound
+from holdfast.errors import HoldfastError, InvalidInput, NotFound
 from holdfast.image.store import ImageStore
 from holdfast.pod.client import STDERR, STDOUT
 from holdfast.pod.messages import Stdio
 from tests import leaks
-from tests.images import Umoci, busybox_tree
+from tests.images import Umoci, busybox_tree, make_bundle
 from tests.vm.support import (
     BUSYBOX,
     HOST_PYTHON,
@@ -323,3 +325,56 @@ def test_what_is_mounted_by_request_goes_before_a_volume(shared_pod, image, tmp_
 def test_each_container_has_volumes_of_its_own(shared_pod, image):
     assert output(shared_pod.run(image, ["sh", "-c", "echo x > /data/mine"], reuse_scratch=True)) == ""
     assert output(shared_pod.run(image, ["sh", "-c", "ls /data"], reuse_scratch=True)) == "file\nlink\npipe\nsub\n"
+
+
+def test_what_a_hint_cannot_be_is_forgotten_with_its_container(pod):
+    """A container that did not start leaves nothing: neither its hint, nor a volume that could not be made."""
+    wrong = {**CACHE, "dev.gvisor.spec.mount.cache.options": "nr_inodes=none"}
+    with pytest.raises(HoldfastError):
+        sh(pod, "true", mounts=[mount()], annotations=wrong)
+    assert sh(pod, "true", mounts=[mount()], annotations=CACHE).status == 0
+    assert_holds_nothing(pod)
+
+
+def test_a_file_below_a_shared_directory(pod, tmp_path):
+    """It is mounted as a file, and one that is not there is not made."""
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    (folder / "app.conf").write_text("setting\n")
+    hint = {f"dev.holdfast.mount.conf.{k}": v for k, v in (("source", str(folder)), ("type", "bind"), ("share", "pod"))}
+    bind = {"type": "bind", "source": f"{folder}/app.conf", "destination": "/etc/app.conf", "options": ["rbind", "ro"]}
+    assert output(sh(pod, "cat /etc/app.conf", mounts=[bind], annotations=hint)) == "setting\n"
+    with pytest.raises(NotFound) as caught:
+        sh(pod, "true", mounts=[{**bind, "source": f"{folder}/missing"}], annotations=hint)
+    assert caught.value.code == "source-not-found"
+    assert os.listdir(folder) == ["app.conf"]
+    assert_holds_nothing(pod)
+
+
+def test_two_first_users_at_once(pod):
+    """Whoever comes second finds the volume of the first, or is told; nobody's options are dropped."""
+    other = {**CACHE, "dev.gvisor.spec.mount.cache.options": "size=2m,nodev"}
+    outcomes: list[object] = []
+
+    def run(annotations: dict[str, str]) -> None:
+        try:
+            with holdfast.Pod.open(pod.name, root=pod.root, data=pod.data) as mine:
+                outcomes.append(sh(mine, "true", mounts=[mount()], annotations=annotations).status)
+        except HoldfastError as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=run, args=(annotations,)) for annotations in (CACHE, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, outcomes)) == ["0", "hint-conflict"]
+
+
+@pytest.mark.parametrize("mode", [0o711, 0o555])
+def test_a_read_only_root_looks_as_it_is(shared_pod, tmp_path, mode):
+    """What is put above it for mount points has owner and mode of its own, and must not show them."""
+    bundle = make_bundle(tmp_path / "b", ["sh", "-c", "stat -c '%a %u' /"], root={"readonly": True})
+    os.chown(bundle / "rootfs", 7, 8)
+    os.chmod(bundle / "rootfs", mode)
+    assert output(shared_pod.run(bundle=bundle)) == f"{mode:o} 7\n"

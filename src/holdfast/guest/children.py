@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Exit statuses kept of processes that nobody has asked for yet: a container may end before its pid is known.
 _KEPT = 256
-_MOST_ANSWER = 65536
+_MOST_ANSWER = 1 << 20
 
 
 class Children:
@@ -82,12 +82,17 @@ class Children:
             ],
             setsigdef=[signal.SIGPIPE, signal.SIGCHLD], setsigmask=[], setsid=True,
         )  # fmt: skip
-        return (yield from self._end(pid))
+        status, _ = yield from self._end(pid)
+        return status
 
-    def call(self, function: Callable[[], Any]) -> Task:
+    def call(self, function: Callable[[], Any], keep: tuple[int, ...] = ()) -> Task:
         """Task: runs what may take long, or enters a namespace, in a copy of this process; returns what it returned.
 
         When the task is given up, the copy is killed.
+
+        Args:
+            keep: descriptors that the function uses.  All others are closed in the copy: they are of other containers'
+                streams, whose ends would not be seen as long as it lives.
 
         Raises:
             HoldfastError: what the function raised.
@@ -97,11 +102,10 @@ class Children:
         try:
             pid = os.fork()
             if not pid:
-                _report(writer, function)
+                _report(writer, function, keep)
             os.close(writer)
             writer = -1
-            status = yield from self._end(pid)
-            said = os.read(reader, _MOST_ANSWER)
+            status, said = yield from self._end(pid, reader)
         finally:
             os.close(reader)
             if writer >= 0:
@@ -113,29 +117,46 @@ class Children:
             raise GuestFailed("work aside", why=f"the process that did it ended with status {status:#x}")
         return answer["result"]
 
-    def _end(self, pid: int) -> Task:
+    def _end(self, pid: int, reader: int = -1) -> Task:
+        """Task: how a child ended, and what it said: that is read first, for it may be more than a pipe holds."""
+        said = b""
         result: list[int] = []
         self.on_exit(pid, result.append)
         pidfd = os.pidfd_open(pid)
         try:
+            while reader >= 0 and len(said) < _MOST_ANSWER:
+                yield readable(reader)
+                part = os.read(reader, _MOST_ANSWER)
+                if not part:
+                    break
+                said += part
             while not result:
                 yield readable(pidfd)
                 self.reap()
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            if not result:  # else it has been reaped, and the number may be another's
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             raise
         finally:
             os.close(pidfd)
-        return result[0]
+        return result[0], said
 
 
-def _report(writer: int, function: Callable[[], Any]) -> None:
+def _report(writer: int, function: Callable[[], Any], keep: tuple[int, ...]) -> None:
     """The copy's life."""
     try:
         try:
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                if fd > 2 and fd != writer and fd not in keep:
+                    try:
+                        os.close(fd)
+                    except OSError:  # that of the listing
+                        continue
             answer = {"result": function()}
         except BaseException as error:
             answer = {"error": from_exception(error).as_dict()}
-        os.write(writer, json.dumps(answer).encode())
+        said = json.dumps(answer).encode()
+        while said:
+            said = said[os.write(writer, said) :]
     finally:
         os._exit(0)

@@ -132,6 +132,7 @@ def isolate(export: str) -> None:
 def main() -> None:
     """``argv``: the port's descriptor, the export, the containers' control group, and the runtime's words."""
     port, export, cgroup, *runtime = sys.argv[1:]
+    os.umask(0o022)  # the caller's is no business of containers
     try:
         for fd in os.listdir("/proc/self/fd"):  # neither the port nor the pod's lock is for a container
             if int(fd) > 2 and os.path.exists(f"/proc/self/fd/{fd}"):

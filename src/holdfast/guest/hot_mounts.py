@@ -86,7 +86,8 @@ class HotMounts:
             directory = stat.S_ISDIR(os.fstat(tree).st_mode)
             try:
                 mount.made = yield from self._children.call(
-                    lambda: _put(namespace, root, tree, os.fsencode(destination), directory)
+                    lambda: _put(namespace, root, tree, os.fsencode(destination), directory),
+                    keep=(namespace, root, tree),
                 )
             except (InUse, InvalidInput):  # of any other failure nobody knows how far it came
                 del self._mounts[key]
@@ -113,7 +114,7 @@ class HotMounts:
             del self._mounts[key]  # its mount namespace went with it
             return {}
         try:
-            yield from self._children.call(lambda: _take(namespace, root, mount, path))
+            yield from self._children.call(lambda: _take(namespace, root, mount, path), keep=(namespace, root))
         finally:
             _close(namespace, root)
         del self._mounts[key]

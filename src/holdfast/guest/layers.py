@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from holdfast.errors import InUse, InvalidInput, NotReleased
 from holdfast.guest import mounting
@@ -38,9 +39,10 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
         try:
             if scratch:
                 _make_folder(target, scratch)
+                _overlay(paths, scratch, target, 0)
             else:
-                scratch = _make_places(target)
-            _overlay(paths, scratch, target, 0)
+                _overlay(paths, _make_places(target), target, 0)
+                _look_like(paths[0], target)
         except BaseException:
             unmount(target)
             _remove_places(target)
@@ -73,6 +75,13 @@ def _make_places(target: str) -> str:
     return places
 
 
+def _look_like(layer: str, target: str) -> None:
+    """The root has the owner and mode of the top layer's, not of what lies on that for mount points."""
+    status = os.stat(layer)
+    os.chown(target, status.st_uid, status.st_gid)
+    os.chmod(target, stat.S_IMODE(status.st_mode))
+
+
 def _remove_places(target: str) -> None:
     places = f"{_PLACES}/{target.strip('/').replace('/', '-')}"
     unmount(places)
@@ -82,6 +91,7 @@ def _remove_places(target: str) -> None:
 def remove(settings: dict[str, Any], children: Children) -> Task:
     """Task: takes a root filesystem away, with the folder that was made for it; already gone is success."""
     target = settings_of.path(settings, "ContainerRootPath")
+    yield from mounting.write_back(target, children)  # else unmounting does, and nothing else goes on meanwhile
     unmount(target)
     _remove_places(target)
     folder = _folders.get(target)

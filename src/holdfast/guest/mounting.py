@@ -29,8 +29,9 @@ class NewMount:
         InUse: something is mounted there already, or a link to a device is there.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, directory: bool = True) -> None:
         self.target = target
+        self._directory = directory
         self._made = False
 
     def __enter__(self) -> NewMount:
@@ -38,7 +39,10 @@ class NewMount:
             raise InUse("mount", subject=self.target, why="something else is mounted there", code="path-in-use")
         os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
         try:
-            os.mkdir(self.target, 0o755)
+            if self._directory:
+                os.mkdir(self.target, 0o755)
+            else:
+                os.close(os.open(self.target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
             self._made = True
         except FileExistsError:
             self._made = False

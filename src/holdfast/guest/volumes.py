@@ -8,8 +8,9 @@ volume by its open directory, for what is in there are links that containers hav
 from __future__ import annotations
 
 import os
+import stat
 
-from holdfast.errors import GuestFailed, InvalidInput, NotFound, Unsupported
+from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound, Unsupported
 from holdfast.guest import disks, mounting
 from holdfast.guest import settings as settings_of
 from holdfast.linux import syscalls
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from holdfast.guest.loop import Task
 
 _MASTERS = "/run/mounts/masters"
-#: Name of a volume -> where it is mounted.
-_masters: dict[str, str] = {}
+#: Name of a volume -> where it is mounted, and how it was made.
+_masters: dict[str, tuple[str, str, list[str]]] = {}
 #: Type of a volume -> filesystem, mode of folders that are made in it.
 _TYPES = {
     "tmpfs": ("tmpfs", 0o755),
@@ -57,8 +58,7 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
         master = _master(settings_of.text(settings, "Name"), kind, [str(o) for o in settings.get("Options", ())])
     else:
         raise InvalidInput("add volume", subject=kind, why="unknown type", code="volume-type")
-    with mounting.NewMount(target):
-        _bind_folder(master, sub_path, target, _TYPES[kind][1] if kind in _TYPES else 0o755)
+    _bind(master, sub_path, target, _TYPES[kind][1] if kind in _TYPES else -1)
     return {"path": target}
     yield
 
@@ -70,17 +70,24 @@ def _master(name: str, kind: str, options: list[str]) -> str:
         parsed = mount_options.parse(options)
         with mounting.NewMount(where):
             mounting.mount(name, where, _TYPES[kind][0], parsed.flags, parsed.data_text)
-        _masters[name] = where
-    return _masters[name]
+        _masters[name] = (where, kind, options)
+    where, *made = _masters[name]
+    if made != [kind, options]:
+        why = f"the pod has it as {made[0]} with options {','.join(made[1]) or 'none'}"
+        raise InUse("use volume", subject=name, why=why, code="volume-conflict")
+    return where
 
 
-def _bind_folder(master: str, sub_path: str, target: str, mode: int) -> None:
+def _bind(master: str, sub_path: str, target: str, mode: int) -> None:
+    """Shows what is at a path below a volume; a folder that is missing is made with ``mode``, unless that is -1."""
     umask = os.umask(0)
+    path = os.fsencode(sub_path)
+    recursive = syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE | syscalls.OPEN_TREE_CLONE
     try:
-        with Root(master) as root, root.mkdir_all(os.fsencode(sub_path), mode) as folder:
-            tree = syscalls.open_tree(folder.fileno(), "", syscalls.AT_EMPTY_PATH | syscalls.OPEN_TREE_CLONE)
+        with Root(master) as root, root.resolve(path) if mode < 0 else root.mkdir_all(path, mode) as found:
+            tree = syscalls.open_tree(found.fileno(), "", recursive)
             try:
-                syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+                _move(tree, target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
             finally:
                 os.close(tree)
     except OSError as error:
@@ -89,10 +96,18 @@ def _bind_folder(master: str, sub_path: str, target: str, mode: int) -> None:
         os.umask(umask)
 
 
+def _move(tree: int, target: str, *, directory: bool) -> None:
+    with mounting.NewMount(target, directory=directory):
+        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+
+
 def remove(settings: dict[str, Any], _children: Children) -> Task:
     """Task: takes a container's view of a volume away; the volume stays.  Already gone is success."""
     target = settings_of.path(settings, "MountPath")
     if settings_of.text(settings, "Type") != "uvm":
+        if os.path.ismount(target):
+            # What others have mounted in the volume is seen here too, and stays theirs.
+            syscalls.mount("none", target, "", syscalls.MS_REC | syscalls.MS_PRIVATE)
         unmount_below(target)
         unmount(target)
         remove_mount_point(target)

@@ -316,7 +316,12 @@ class Extraction:
                         return
                     parent = self._cleared(parent, name, entry.path)
                     os.link(target_name, name, src_dir_fd=source_fd, dst_dir_fd=parent, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                why = f"{entry.path!r} is a hard link through links in a circle, {entry.target!r}"
+                raise self._corrupt(why) from None
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
             self.wanted.setdefault(entry.target, []).append(entry.path)
 
     def _special(self, parent: int, name: bytes, entry: Entry) -> None:

@@ -112,14 +112,21 @@ def _lock(disk_fd: int, read_only: bool) -> None:
     does = (_READS,) if read_only else (_READS, _WRITES)
     denies = (_WRITES, _RESIZES)
     for byte in (*(_DOES + bit for bit in does), *(_DENIES + bit for bit in denies)):
-        fcntl.fcntl(disk_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        try:
+            fcntl.fcntl(disk_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
+            raise _in_use(disk_fd) from None
     for byte in (*(_DENIES + bit for bit in does), *(_DOES + bit for bit in denies)):
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
         if _FLOCK.unpack(fcntl.fcntl(disk_fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
-            raise InUse(
-                "open disk", subject=os.readlink(f"/proc/self/fd/{disk_fd}"), code="disk-in-use",
-                why="a machine, or a pod of another state root, has it open",
-            )  # fmt: skip
+            raise _in_use(disk_fd)
+
+
+def _in_use(disk_fd: int) -> InUse:
+    return InUse(
+        "open disk", subject=os.readlink(f"/proc/self/fd/{disk_fd}"), code="disk-in-use",
+        why="a machine, or a pod of another state root, has it open",
+    )  # fmt: skip
 
 
 def _attach(disk_fd: int, read_only: bool) -> tuple[str, int]:

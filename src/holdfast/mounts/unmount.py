@@ -45,13 +45,18 @@ def unmount_below(target: str) -> None:
 
 
 def remove_mount_point(target: str) -> None:
-    """Removes an empty mount point: ``rmdir``, so that what is still mounted there stays untouched.
+    """Removes an empty mount point, a folder or a file: what is still mounted there stays untouched.
 
     Raises:
         NotReleased: it is not empty, or still a mount point.
     """
     try:
-        os.rmdir(target)
+        try:
+            os.rmdir(target)
+        except NotADirectoryError:
+            if os.path.ismount(target) or os.lstat(target).st_size:
+                raise
+            os.unlink(target)
     except FileNotFoundError:
         return
     except OSError as error:

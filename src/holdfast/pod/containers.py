@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from holdfast.machine.sandbox import PodSandbox
+    from holdfast.spec.tree import TmpPolicy
     from holdfast.storage.engine import Engine
     from holdfast.storage.steps import Plan
     from holdfast.wire.aio import Connection, Stream
@@ -48,10 +49,17 @@ class Process:
 
 
 class Containers:
-    """All containers of a pod."""
+    """All containers of a pod.
 
-    def __init__(self, pod: str, folder: Path, machine: PodSandbox, engine: Engine) -> None:
+    Args:
+        tmp: what becomes of ``/tmp`` if no annotation says it: in a pod without a machine, memory is the host's.
+    """
+
+    def __init__(
+        self, pod: str, folder: Path, machine: PodSandbox, engine: Engine, *, tmp: TmpPolicy = "auto"
+    ) -> None:  # fmt: skip
         self._pod = pod
+        self._tmp = tmp
         self._last: set[str] = set()
         self._folder = folder
         self._machine = machine
@@ -83,13 +91,13 @@ class Containers:
         if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now
             await self._engine.release(name)
         plan = self.plan(request)
+        self._engine.say_hints(name, plan.hints)  # before others plan
         for text in plan.warnings:
             client.event("say", {"text": text})
         args = tuple(request.spec["process"]["args"])
         self._infos[name] = ContainerInfo(name, self._pod, "starting", request.image, args, time.time_ns())
         try:
             held = await self._engine.prepare(name, plan.steps)
-            self._engine.hints = plan.hints
             try:
                 spec = plan.rewritten(held.paths)
                 add_nodes(spec, held.nodes)
@@ -100,6 +108,7 @@ class Containers:
                 raise
         except BaseException:
             del self._infos[name]
+            self._engine.unsay_hints(name)
             raise
         self._specs[name] = spec
         if request.ends_pod:
@@ -118,9 +127,9 @@ class Containers:
 
     async def _start(self, client: Connection, request: ContainerRequest, spec: dict[str, Any]) -> int:
         params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
-        if isinstance(request.root, LayeredRoot) and request.root.scratch_bytes:
+        if isinstance(request.root, LayeredRoot):
             params["root"] = {"mode": request.root.mode, "uid": request.root.uid, "gid": request.root.gid}
-        params["tmp"] = volume_plan.tmp_if_empty(spec_from_raw(spec, request.name))
+        params["tmp"] = volume_plan.tmp_if_empty(spec_from_raw(spec, request.name), self._tmp)
         terminal = bool(spec["process"].get("terminal"))
         return await self._launch(client, "start", request.name, request.stdio, terminal, params)
 
@@ -333,12 +342,12 @@ def make_plan(request: ContainerRequest, data: Path, engine: Engine | None = Non
     if isinstance(request.root, DirectoryRoot):
         sources[request.root.path] = look(request.root.path)
     snapshot = engine.snapshot() if engine else None
-    hints = volume_plan.pod_hints(spec, snapshot.hints if snapshot else ())
+    hints, own = volume_plan.pod_hints(spec, snapshot.hints if snapshot else ())
     for hint in hints:
         if hint.kind == "bind" and any(match((hint,), mount) for mount in spec.mounts):
             sources[hint.source] = look(hint.source)
     plan = plan_container(request.name, document, spec, request.root, sources, snapshot, hints)
-    return msgspec.structs.replace(plan, warnings=tree.warnings)
+    return msgspec.structs.replace(plan, hints=own, warnings=tree.warnings)
 
 
 async def _nothing(_name: str) -> None:

@@ -103,10 +103,10 @@ def _try_to_reserve(journal: Journal, folder: Path) -> int:
         if folder.is_dir():
             journal.collect(folder.name)  # if its monitor is dead
         os.rename(new, folder)
-    except OSError as error:
+    except BaseException as error:
         os.close(lock_fd)
         journal.collect(new.name)
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise InUse(
             "start pod", subject=folder.name, why="a pod of this name exists", code="pod-exists",

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from holdfast.machine.sandbox import PodSandbox
 
 SOCKET = "monitor.sock"
+#: Less than this, a process writes to wake its own threads, and the like.
+_NOISE_BYTES = 1 << 16
 #: How long a guest that writes nothing may take to unmount the user's disks when its pod ends.
 _CLEAN_SECONDS = 20.0
 
@@ -114,7 +116,10 @@ class Service:
         # What is being done for somebody is undone while the machine still lives.
         await asyncio.gather(*(client.stop_serving() for client in list(self._clients)))
         errors = await self._tear_down()
-        self._journal.forget_pod(self._config.name)
+        try:
+            self._journal.forget_pod(self._config.name)
+        except (HoldfastError, OSError) as error:  # it stays recorded, for gc
+            errors.append(error)
         self._journal.close()
         for client in list(self._clients):
             client.event("ended", {"errors": [from_exception(error).as_dict() for error in errors]})
@@ -147,7 +152,10 @@ class Service:
                 writable_shares=self._config.writable_shares, pmem=self._make_pmem(self._machine),
                 functions=self._make_functions(self._machine),
             )  # fmt: skip
-            self._containers = Containers(self._config.name, self._folder, self._machine, self._engine)
+            self._containers = Containers(
+                self._config.name, self._folder, self._machine, self._engine,
+                tmp="auto" if self._config.isolation == "vm" else "rootfs",
+            )  # fmt: skip
             self._attached = HotAttach(self._engine, self._machine, self._containers)
             self._machine.died.add_done_callback(lambda _: self._on_death())
             self._ready.set_result(None)
@@ -274,10 +282,11 @@ class Service:
             return await self._release_all() and await self._release_all()
 
         releasing = asyncio.ensure_future(release())
-        written = -1
+        written = (-1, -1)
         try:
             while not (await asyncio.wait({releasing}, timeout=_CLEAN_SECONDS))[0]:
-                now = sum([writes for _, writes in (await machine.traffic()).values()])
+                disks = sum([writes for _, writes in (await machine.traffic()).values()])
+                now = (disks, _written_by(machine.pid) // _NOISE_BYTES)  # shares are written to by the process itself
                 if now == written:
                     raise TimedOut("write back", why=f"the guest has written nothing for {_CLEAN_SECONDS:g} s")
                 written = now
@@ -389,6 +398,15 @@ class Service:
 
     async def _remove(self, _client: Connection, _params: dict[str, Any]) -> Any:
         self._ending.set()
+
+
+def _written_by(pid: int) -> int:
+    """Bytes that a process has written, to anything (proc(5), io); 0 if it cannot be known."""
+    try:
+        with open(f"/proc/{pid}/io") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("wchar:"))
+    except OSError:
+        return 0
 
 
 def _convert(params: dict[str, Any], kind: Any) -> Any:

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from holdfast.errors import InvalidInput
 from holdfast.spec.disk_options import BLOCKDEV
-from holdfast.spec.runtime import Mount, clean_path
+from holdfast.spec.runtime import DISK_TYPES, Mount, clean_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -46,7 +46,7 @@ _RUNTIME_DEVICES = (
 _DEV_TYPES = {
     "/dev": ("tmpfs", "devtmpfs"),
     "/dev/pts": ("devpts",),
-    "/dev/shm": ("tmpfs", "bind"),
+    "/dev/shm": ("tmpfs", "bind", "volume", *DISK_TYPES),
 }
 
 _QUIET = ("nosuid", "noexec", "nodev")

@@ -167,6 +167,8 @@ class Attachments:
     async def grow(self, attachment: Attachment, size_bytes: int) -> None:
         """Makes a disk of Holdfast's own larger; the guest is not told."""
         await self._sandbox.resize_disk(attachment.slot, size_bytes)
+        if self._shared.value(attachment.key) is None:  # it has been let go of meanwhile
+            return
         self._shared.replace(attachment.key, msgspec.structs.replace(attachment, size_bytes=size_bytes))
 
     async def retry(self) -> list[Exception]:

@@ -115,8 +115,8 @@ class Engine:
         self.disks = DiskMounts(sandbox, self.attachments)
         self.shares = Shares(sandbox, journal, pod)
         self.volumes = PodVolumes(sandbox)
-        #: Which mounts the pod's containers share, as those that have joined it have said.
-        self.hints: tuple[Hint, ...] = ()
+        #: Which mounts the pod's containers share -> those that have said so.
+        self._hints: dict[Hint, set[str]] = {}
         #: Files of scratch disks that containers share, by whether they are encrypted.
         self._scratch: Counted[bool, int] = Counted(_close)
         self._held: dict[str, Held] = {}
@@ -136,7 +136,7 @@ class Engine:
         scratch = frozenset(encrypted for encrypted, _, _ in self._scratch.items())
         return PodSnapshot(
             self.attachments.free, frozenset(self._held), disks, holders, layers, scratch, self._writable_shares,
-            self.hints,
+            tuple(self._hints),
         )  # fmt: skip
 
     async def prepare(self, holder: str, steps: tuple[AnyStep, ...]) -> Held:
@@ -317,7 +317,7 @@ class Engine:
             scratch_path=held.paths[step.scratch] if step.scratch else "",
         )  # fmt: skip
         # Before it is done: the guest may have done it even when its answer does not come.
-        held.undo.push("root filesystem", lambda: self._uncombine(settings))
+        held.undo.push("root filesystem", lambda: self._uncombine(settings), seconds=_WRITTEN_SECONDS)
         await self._guest("Add", settings)
         held.paths[step.id] = root
 
@@ -325,11 +325,25 @@ class Engine:
         only_path = requests.LCOWCombinedLayers(
             container_id=settings.container_id, container_root_path=settings.container_root_path
         )
-        await while_alive(self._sandbox, lambda: self._guest("Remove", only_path))
+        await while_alive(self._sandbox, lambda: self._guest("Remove", only_path, FLUSH_SECONDS))
 
-    async def _guest(self, action: requests.RequestType, settings: requests.Settings) -> Any:
+    async def _guest(
+        self, action: requests.RequestType, settings: requests.Settings, seconds: float = GUEST_SECONDS
+    ) -> Any:
         request = requests.encode(requests.GuestRequest(action, settings))
-        return await self._sandbox.request("modify", request, GUEST_SECONDS)
+        return await self._sandbox.request("modify", request, seconds)
+
+    def say_hints(self, container: str, hints: tuple[Hint, ...]) -> None:
+        """From now on the pod knows these, as long as it lives."""
+        for hint in hints:
+            self._hints.setdefault(hint, set()).add(container)
+
+    def unsay_hints(self, container: str) -> None:
+        """A container that has said some did not start."""
+        for hint, said_by in list(self._hints.items()):
+            said_by.discard(container)
+            if not said_by:
+                del self._hints[hint]
 
     def also_release(self, holder: str, what: str, action: Callable[[], Awaitable[object]]) -> None:
         """Adds something to be released before everything that ``holder`` holds so far."""
@@ -374,7 +388,10 @@ class Engine:
             why = f"{size_bytes} bytes are less than the {disk.size_bytes} that it has"
             raise InvalidInput(f"grow {what}", why=why, code="scratch-size")
         await self.attachments.grow(disk, size_bytes)
-        slot, (path, *_) = disk.slot, self.disks.path_of(disk)
+        slot, paths = disk.slot, self.disks.path_of(disk)
+        if not paths:  # it has been let go of meanwhile
+            raise NotFound(f"grow {what}", why="it is not mounted any more", code="not-attached")
+        path = paths[0]
         settings = requests.LCOWMappedVirtualDisk(mount_path=path, lun=slot.lun, controller=slot.controller)
         await self._guest("Update", settings)
 

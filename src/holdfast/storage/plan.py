@@ -149,7 +149,7 @@ def plan_container(
             rewrites.append(rewrite)
     steps += _device_steps(spec)
     steps.append(RunContainer("run", spec.process.args))
-    return Plan(name, tuple(steps), raw, root_step, tuple(rewrites), hints)
+    return Plan(name, tuple(steps), raw, root_step, tuple(rewrites))
 
 
 def _step_for(
@@ -165,6 +165,8 @@ def _step_for(
     hint, sub_path = hinted
     if hint.kind == "tmpfs":
         return volume_plan.shared_volume(index, hint, sub_path)
+    if sub_path and mount.source in sources:
+        _check_present(sources[mount.source], f"mounts[{index}] {mount.source} at {mount.destination}")
     step = mount_step(index, volume_plan.shared_directory(mount, hint), sources, [])
     return msgspec.structs.replace(step, sub_path=sub_path) if isinstance(step, ShareDirectory) else step
 

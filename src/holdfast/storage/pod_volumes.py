@@ -29,6 +29,8 @@ class PodVolumes:
         self._count = 0
         #: Name of a shared volume -> how it was made.
         self._made: dict[str, tuple[str, tuple[str, ...]]] = {}
+        #: Those of them that the machine has made for certain.
+        self._sure: set[str] = set()
         #: Place in the guest -> (holder, name or path in the image, type).
         self._views: dict[str, tuple[str, str, str]] = {}
 
@@ -41,7 +43,7 @@ class PodVolumes:
         if isinstance(step, UseVolume):
             if step.kind == "uvm":
                 return f"/{step.sub_path}"
-            made = self._made.get(step.name, (step.kind, step.options))
+            made = self._made.setdefault(step.name, (step.kind, step.options))
             if made != (step.kind, step.options):
                 raise InUse(
                     "use volume", subject=step.name, code="volume-conflict",
@@ -56,8 +58,7 @@ class PodVolumes:
         """Shows a shared volume at ``path``."""
         settings = requests.PodVolume(path, step.name, step.kind, step.options, step.sub_path)
         await self._ask("Add", settings, path, GUEST_SECONDS)
-        if step.kind != "uvm":
-            self._made.setdefault(step.name, (step.kind, step.options))
+        self._sure.add(step.name)
 
     async def fill(self, step: FillVolume, path: str, root: str, scratch: str) -> None:
         """Makes a volume of an image at ``path`` and copies into it what the root filesystem has.
@@ -81,7 +82,9 @@ class PodVolumes:
         elif kind != "uvm":
             settings = requests.PodVolume(path, type=kind)
             await while_alive(self._sandbox, lambda: self._ask("Remove", settings, "", GUEST_SECONDS))
-        self._views.pop(path, None)
+        _, name, _ = self._views.pop(path, ("", "", ""))
+        if name not in self._sure and all(of != name for _, of, _ in self._views.values()):
+            self._made.pop(name, None)  # nobody has got it
 
     async def _ask(self, action: requests.RequestType, settings: requests.Settings, path: str, seconds: float) -> None:
         request = requests.encode(requests.GuestRequest(action, settings))

@@ -209,7 +209,7 @@ class Plan(msgspec.Struct, frozen=True):
         spec: the caller's specification, not yet rewritten.
         root: id of the step that yields the root filesystem.
         rewrites: mounts that become paths in the guest; the others are the runtime's own.
-        hints: what the pod knows of shared mounts once the container has joined it.
+        hints: what the container says of mounts that it shares with others.
         warnings: what of the specification is left out, and why.
     """
 

@@ -32,13 +32,17 @@ def whole_tree(spec: Spec) -> Tree:
     return container_tree(spec.mounts, tmp="tmpfs" if _tmp_policy(spec) == "tmpfs" else "rootfs", image_tmp="empty")
 
 
-def tmp_if_empty(spec: Spec) -> bool:
-    """Whether ``/tmp`` is to be in memory if the image has nothing there, at which the guest looks."""
-    return tmp_mount(spec.mounts, _tmp_policy(spec), "empty") is not None
+def tmp_if_empty(spec: Spec, default: TmpPolicy) -> bool:
+    """Whether ``/tmp`` is to be in memory if the image has nothing there, at which the guest looks.
+
+    Args:
+        default: if no annotation says it.
+    """
+    return tmp_mount(spec.mounts, _tmp_policy(spec, default), "empty") is not None
 
 
-def _tmp_policy(spec: Spec) -> TmpPolicy:
-    text = str(spec.annotations.get(TMP, "auto"))
+def _tmp_policy(spec: Spec, default: TmpPolicy = "auto") -> TmpPolicy:
+    text = str(spec.annotations.get(TMP, default))
     policy = next((known for known in TMP_POLICIES if known == text), None)
     if policy is None:
         raise InvalidInput(
@@ -56,8 +60,8 @@ def of_the_pod(index: int, mount: Mount) -> UseVolume | None:
     return UseVolume(f"m{index}", source.volume, source.kind, source.options, source.path)
 
 
-def pod_hints(spec: Spec, known: tuple[Hint, ...]) -> tuple[Hint, ...]:
-    """The hints of the pod once a container has joined it: what it has, and what the container adds.
+def pod_hints(spec: Spec, known: tuple[Hint, ...]) -> tuple[tuple[Hint, ...], tuple[Hint, ...]]:
+    """The hints of the pod once a container has joined it, and those that the container says itself.
 
     Raises:
         InvalidInput: an annotation is wrong, or contradicts what the pod has.
@@ -65,7 +69,7 @@ def pod_hints(spec: Spec, known: tuple[Hint, ...]) -> tuple[Hint, ...]:
     found = parse_hints({key: str(value) for key, value in spec.annotations.items()}).hints
     taken = {hint.name for hint in known} | {hint.source for hint in known}
     check_restated(known, [hint for hint in found if hint.name in taken or hint.source in taken])
-    return (*known, *(hint for hint in found if hint.name not in taken and hint.source not in taken))
+    return (*known, *(hint for hint in found if hint.name not in taken and hint.source not in taken)), found
 
 
 def hinted(spec: Spec, mount: Mount, hints: Iterable[Hint]) -> tuple[Hint, str] | None:
