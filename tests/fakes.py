@@ -270,6 +270,11 @@ class Faulty:
         """Takes all faults away that have not happened."""
         self._faults.clear()
 
+    @property
+    def faults_left(self) -> int:
+        """How many faults no step has come to yet."""
+        return len(self._faults)
+
     def _add(self, fault: Fault) -> Fault:
         self._faults.append(fault)
         return fault
