@@ -86,7 +86,8 @@ def parse_mount(text: str, *, cwd: str, option: str = "--mount", destination_nee
         "destination": destination,
         "type": _OCI_TYPES.get(kind, kind),
         "source": _source(kind, source, cwd, subject),
-        "options": _options(kind, keys, subject),
+        # What is shared by hints begins empty, or as others have left it: not as what it is mounted on.
+        "options": [o for o in _options(kind, keys, subject) if o != "tmpcopyup" or not source],
     }
 
 
@@ -191,9 +192,9 @@ def _destination(path: str, subject: str) -> str:
 
 def _source(kind: str, source: str, cwd: str, subject: str) -> str:
     if kind == "tmpfs":
-        if source:
-            raise _wrong(subject, "type=tmpfs has no source")
-        return "tmpfs"
+        if source and not source.startswith("/"):
+            raise _wrong(subject, f"{source!r} is not absolute", "the source of a tmpfs is what a hint calls it")
+        return source or "tmpfs"
     if kind == "volume":
         if "/" in source:
             raise _wrong(subject, f"{source!r} is not a volume's name", "for a folder of this host say type=bind")
