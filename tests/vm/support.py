@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUSYBOX = "tests/busybox"
 RICH = "tests/rich"
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 
 #: Programs of a Debian host, run in a container that has the host's /usr at /host: no compiler needed, no image of it.
 HOST_USR = "type=bind,src=/usr,dst=/host,ro"

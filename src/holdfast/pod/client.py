@@ -205,7 +205,7 @@ class Client:
 
     def send(self, method: str, params: dict[str, Any]) -> None:
         """Asks without waiting; the answer is dropped."""
-        self._mux.request(method, params, 10_000)
+        self._mux.request(method, params, 60_000)
         self._flush()
 
     def _receive(self, seconds: float | None) -> None:

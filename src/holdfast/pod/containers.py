@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from holdfast.wire.aio import Connection, Stream
 
 START_SECONDS = 60.0
+#: A signal is never given up because the agent is busy: nobody would send it again.
+KILL_SECONDS = 60.0
 _LOG_BYTES = 1 << 20
 
 
@@ -308,7 +310,7 @@ class Containers:
         """Sends a signal to a container's or an exec's process."""
         if key not in self._processes:
             raise NotFound("send signal", subject=key, why="it is not running", code="container-not-running")
-        await self._machine.request("kill", {"key": key, "signal": number}, 5)
+        await self._machine.request("kill", {"key": key, "signal": number}, KILL_SECONDS)
 
     async def resize(self, key: str, size: list[int]) -> None:
         """Sets a terminal's rows and columns."""
