@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": ["oob"]}}
-LONG = 30.0
+#: What a request may take: never reached, for what ends it must do so by itself.
+LONG = 60.0
+#: How long a test waits for that, which is less than any deadline of a request that is not the test's own.
+GUARD = 5.0
 #: For what shall not come: long enough for it to come if it did.
 SHORT = 0.02
 DIED = MachineFailed("use the machine", why="QEMU was killed by signal 9", code="machine-died")
@@ -59,7 +62,7 @@ class Server:
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
         """The next command, which must be this one."""
-        async with asyncio.timeout(LONG):
+        async with asyncio.timeout(GUARD):
             message = await self._commands.get()
         assert message["execute"] == name
         if arguments is not None:
@@ -112,7 +115,7 @@ class Talk:
         """Waits until the library has cleaned up after a connection that nobody waits for any more."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
-            await asyncio.wait(others, timeout=LONG)
+            await asyncio.wait(others, timeout=GUARD)
 
     @contextlib.asynccontextmanager
     async def asking(self, request: Awaitable[Any]) -> AsyncIterator[asyncio.Task[Any]]:
@@ -121,7 +124,7 @@ class Talk:
         try:
             yield task
         finally:
-            await asyncio.wait({task}, timeout=LONG)
+            await asyncio.wait({task}, timeout=GUARD)
 
     async def lose(self, request: Awaitable[Any], command: str) -> asyncio.Task[Any]:
         """A request that QEMU has got when it ends."""
@@ -137,7 +140,7 @@ def run(test: Callable[[Talk], Awaitable[None]], *, connected: bool = True) -> N
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
         talk = Talk()
         try:
-            async with asyncio.timeout(2 * LONG):
+            async with asyncio.timeout(4 * GUARD):
                 if connected:
                     await talk.connect()
                 await test(talk)
@@ -456,7 +459,7 @@ def test_death_in_the_middle_is_everybodys():
             done, _ = await asyncio.wait(waiters, timeout=SHORT)
             assert done == set()
             talk.qmp.fail(DIED)
-            async with asyncio.timeout(LONG):
+            async with asyncio.timeout(GUARD):
                 outcomes = await asyncio.gather(*waiters, return_exceptions=True)
         assert outcomes == [DIED] * 3
         for later in (
