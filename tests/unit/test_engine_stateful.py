@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 POD = "pod"
 NAMES = "abcdef"
 SCRATCH_BYTES = 16 << 20
-#: One only: a file in two formats at a time is two attachments under one lease, which is a matter of its own.
-FORMATS = ("raw",)
+#: A file in two formats at a time is two attachments under one lease.
+FORMATS = ("raw", "raw", "raw", "qcow2")
 AS_ROOT = os.geteuid() == 0  # shares are bind mounts
 MAKING = "make scratch"
 OF_DISKS = ("plug", "Add MappedVirtualDisk")

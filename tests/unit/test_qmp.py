@@ -167,7 +167,7 @@ def test_greeting_and_a_command():
 def test_a_greeting_that_is_none(greeting):
     async def test(talk: Talk) -> None:
         talk.server.say(greeting)
-        with pytest.raises(MachineFailed, match="talk to QEMU"):
+        with pytest.raises(MachineFailed, match="QEMU greet"):
             await talk.qmp.connect(LONG)
 
     run(test, connected=False)

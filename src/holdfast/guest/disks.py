@@ -77,7 +77,8 @@ class Scsi:
                 device = next(name for name in os.listdir(base) if name.startswith("virtio"))
                 host = next(name for name in os.listdir(f"{base}/{device}") if name.startswith("host"))
             except (OSError, StopIteration) as error:
-                raise GuestFailed("find SCSI controller", subject=controller, why=error or "not in sysfs") from None
+                why = str(error) or "not in sysfs"
+                raise GuestFailed("find SCSI controller", subject=controller, why=why) from None
             self._hosts[controller] = int(host[4:])
         return self._hosts[controller]
 

@@ -41,16 +41,15 @@ class Qmp:
         """Negotiates.
 
         Raises:
-            MachineFailed: QEMU died or did not greet within ``seconds``.
+            MachineFailed: QEMU died; with its own last words, if it had any.
+            TimedOut: it did not greet within ``seconds``.
         """
         self._socket.setblocking(False)
         self._client.register_listener(EventListener(event_filter=self._on_event))
         try:
             await self._race(self._client.connect(self._socket), seconds, "greet")
         except QMPError as error:
-            if self._error is not None:
-                raise self._error from None
-            raise MachineFailed("talk to QEMU", why=error) from None
+            raise await self._lost("greet", error) from None
         self._connected = True
 
     async def execute(self, command: str, arguments: dict[str, Any]) -> Any:

@@ -127,6 +127,8 @@ class Attachments:
         self._journal = journal
         self._pod = pod
         self._taken: set[Slot] = set(reserved)
+        #: (device, inode, alone) -> the journal's rows of the attachments that a lease is for.
+        self._leases: dict[tuple[int, int, bool], set[int]] = {}
         self._shared: Counted[DiskKey, Attachment] = Counted(self._detach)
 
     async def attach(self, disk: Disk, holder: str, opened: Callable[[], int] | None = None) -> Attachment:
@@ -197,7 +199,8 @@ class Attachments:
             if leased:
                 alone = disk.level == "individual"
                 self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=alone)
-                undo.push("end lease", lambda: self._end_lease(key))
+                self._leases.setdefault((key.device, key.inode, alone), set()).add(row)
+                undo.push("end lease", lambda: self._end_lease(key, row))
                 _check_still_there(disk, key)
                 if disk.block_device and alone:
                     fd = _claim(disk, fd)
@@ -229,15 +232,18 @@ class Attachments:
         """The host's half of a detach."""
         await while_alive(self._sandbox, lambda: self._sandbox.unplug_disk(attachment.slot))
         if attachment.leased:
-            self._end_lease(attachment.key)
+            self._end_lease(attachment.key, attachment.row)
         self._taken.discard(attachment.slot)
         self._journal.release(attachment.row)
 
-    def _end_lease(self, key: DiskKey) -> None:
-        """Ends it with the last attachment that needs it: one file in two formats is two attachments."""
-        others = (a.key for a, _ in self.items() if a.leased and a.key != key)
-        if not any((o.device, o.inode, o.level) == (key.device, key.inode, key.level) for o in others):
-            self._journal.end_lease(self._pod, key.device, key.inode, writable=key.level == "individual")
+    def _end_lease(self, key: DiskKey, row: int) -> None:
+        """Ends it with the last attachment that needs it, made or in the making: one file in two formats is two."""
+        lease = (key.device, key.inode, key.level == "individual")
+        rows = self._leases.get(lease, set())
+        rows.discard(row)
+        if not rows:
+            self._journal.end_lease(self._pod, key.device, key.inode, writable=lease[2])
+            self._leases.pop(lease, None)
 
     def _free_slot(self, disk: Disk) -> Slot:
         for controller in range(CONTROLLERS):

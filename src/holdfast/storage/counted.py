@@ -170,6 +170,11 @@ class Counted(Generic[K, V]):
                     errors.append(error)
         return errors
 
+    @property
+    def left(self) -> bool:
+        """Whether anything is half unmade that nobody holds."""
+        return any(entry.broken and not entry.holders for entry in self._entries.values())
+
     async def settle(self) -> None:
         """Waits until what everybody has given up while it was made has been unmade, or has failed to be."""
         for entry in list(self._entries.values()):

@@ -110,6 +110,11 @@ class DiskMounts:
         """Lets go of what is left that nobody holds, mounts before the disks under them; see :meth:`Counted.retry`."""
         return [*await self._shared.retry(), *await self._attachments.retry()]
 
+    @property
+    def left(self) -> bool:
+        """See :attr:`Counted.left`: such a mount keeps the disk busy for whoever holds that."""
+        return self._shared.left
+
     async def settle(self) -> None:
         """See :meth:`Counted.settle`."""
         await self._shared.settle()

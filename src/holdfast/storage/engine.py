@@ -430,6 +430,8 @@ class Engine:
     async def _let_go(self, held: Held) -> list[Exception]:
         try:
             await asyncio.wait({held.work})
+            if self.disks.left and not held.failed:
+                await self._sweep()
             errors = [*await held.undo.unwind(), *await held.layers.unwind()]
             if held.failed:  # what was given up while it was made
                 await self._scratch.settle()
