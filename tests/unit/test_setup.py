@@ -64,6 +64,10 @@ def test_missing_commands_are_named(tmp_path, os_release, command):
     assert text.endswith(f"as root: {command}\n")
 
 
+def test_what_a_distribution_has_not_is_not_asked_for(tmp_path):
+    assert check(tmp_path, os_release="ID=fedora\n", without=("runsc",)) == (0, "")
+
+
 def test_unknown_distribution(tmp_path):
     status, text = check(tmp_path, os_release="PRETTY_NAME='Plan 9'\n", without=("crun",))
     assert status == 1

@@ -17,7 +17,7 @@ import msgspec
 
 from holdfast.cli import output as shown
 from holdfast.errors import HoldfastError
-from holdfast.linux import syscalls
+from holdfast.linux import syscalls, user_namespaces
 from holdfast.machine import accelerator, cgroups, closure, guest_image, kernel
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def doctor(_command: DoctorOptions, line: CommandLine, output: Output) -> int:
 def examine(root: Path, data: Path, host: Host | None = None) -> list[Check]:
     """Every check, in the order in which one would put things right."""
     host = host or Host()
-    checks = [_privilege(), _namespaces(), _mount_calls()]
+    checks = [_privilege(), *_ids(), _namespaces(), _mount_calls()]
     checks += _programs(host)
     version = _qemu(checks)
     checks += [_kernel(host), _guest(data), _accelerator(data, version, host)]
@@ -107,13 +107,35 @@ def examine(root: Path, data: Path, host: Host | None = None) -> list[Check]:
 
 
 def _privilege() -> Check:
-    if os.geteuid() == 0:
+    if not user_namespaces.rootless():
         return Check("privilege", "ok", "root")
-    return Check("privilege", "missing", "pods need root, for namespaces and mounts", "sudo holdfast doctor")
+    if why := user_namespaces.refusal() if os.geteuid() else "":
+        why = f"pods need root, or a user namespace, and users can have none here: {why}"
+        return Check("privilege", "missing", why, "sudo holdfast doctor")
+    why = "not root: a pod in namespaces then has no images, disks, named volumes or limits; one with a machine has"
+    return Check("privilege", "warn", why, "run --rootfs DIR, or with --isolation vm, or as root")
+
+
+def _ids() -> Iterator[Check]:
+    """Which users and groups a user's pods have; root's have all."""
+    if not os.geteuid():
+        return
+    counts = user_namespaces.granted_ids()
+    if counts:
+        yield Check("user ids", "ok", f"a pod has {counts[0]} users and {counts[1]} groups: /etc/subuid, /etc/subgid")
+        return
+    why = "a pod has one user, root, who is you: no range in /etc/subuid and /etc/subgid, or no newuidmap"
+    fix = "apt install uidmap; usermod --add-subuids 100000-165535 --add-subgids 100000-165535 NAME"
+    yield Check("user ids", "warn", why, fix)
+
+
+def _own_namespace(flags: int) -> None:
+    """As a pod's monitor does: who is not root becomes that of a user namespace first."""
+    syscalls.unshare(flags | (syscalls.CLONE_NEWUSER if os.geteuid() else 0))
 
 
 def _namespaces() -> Check:
-    why = _in_child(lambda: syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID))
+    why = _in_child(lambda: _own_namespace(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID))
     if not why:
         return Check("namespaces", "ok", "mount and PID namespaces can be made")
     fix = (
@@ -126,10 +148,12 @@ def _namespaces() -> Check:
 
 def _mount_calls() -> Check:
     def use() -> None:
-        syscalls.unshare(syscalls.CLONE_NEWNS)
+        _own_namespace(syscalls.CLONE_NEWNS)
         root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         syscalls.openat2(root_fd, ".", os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_IN_ROOT)
-        tree_fd = syscalls.open_tree(root_fd, "", syscalls.AT_EMPTY_PATH | syscalls.OPEN_TREE_CLONE)
+        # With what is mounted below: in a user namespace nothing can be uncovered.
+        whole = syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE
+        tree_fd = syscalls.open_tree(root_fd, "", whole | syscalls.OPEN_TREE_CLONE)
         syscalls.mount_setattr(tree_fd, "", syscalls.AT_EMPTY_PATH, attr_set=syscalls.MOUNT_ATTR_RDONLY)
 
     why = _in_child(use)
@@ -174,6 +198,9 @@ def _namespace_pods(host: Host) -> Check:
         runtime = cgroups.choose_runtime(host.cgroup)
     except HoldfastError as error:
         return Check("namespace pods", "warn", f"--isolation namespace: {error.subject}: {error.why}", error.hint)
+    if user_namespaces.rootless():
+        what = f"{runtime.path} runs bundles and root filesystems, without control groups"
+        return Check("namespace pods", "ok", what)
     if not os.path.exists(host.loop_control):
         return Check("namespace pods", "warn", f"{runtime.path}, but no loop devices for disks", "modprobe loop")
     if not _knows_filesystem("erofs"):

@@ -9,16 +9,17 @@ in a machine, and nothing that is mounted leaves it.
 
 from __future__ import annotations
 
+import _socket as socket  # the other one takes long to import
 import gc
 import os
 import sys
 
-from holdfast.errors import InvalidInput
+from holdfast.errors import InvalidInput, Unsupported
 from holdfast.guest import disks, shares
 from holdfast.guest import settings as settings_of
 from holdfast.guest.agent import Agent, say
 from holdfast.guest.containers import Runtime
-from holdfast.linux import syscalls
+from holdfast.linux import syscalls, user_namespaces
 from holdfast.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS_SHARED, MS_SLAVE
 
 TYPE_CHECKING = False
@@ -29,6 +30,15 @@ EXPORT = "/run/mounts/plan9"
 #: Those of spec/default.py: where the host has lower ones, and does not let us raise them, its own must do.
 DEFAULT_LIMITS = {"RLIMIT_NOFILE": 1048576, "RLIMIT_NPROC": 4194304}
 _CAP_SYS_RESOURCE = 24
+#: Options of a bind that set no flag of the mount.
+_NO_FLAGS = frozenset(
+    ("bind", "rbind", "rw", *(r + kind for r in ("", "r") for kind in ("private", "slave", "shared", "unbindable")))
+)
+#: As statvfs(3) has them, and as options are spelled.
+_FLAGS = {
+    os.ST_RDONLY: "ro", os.ST_NOSUID: "nosuid", os.ST_NODEV: "nodev", os.ST_NOEXEC: "noexec", os.ST_NOATIME: "noatime",
+    os.ST_NODIRATIME: "nodiratime",
+}  # fmt: skip
 _NAMESPACES = (
     syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWNET
 )  # its PID namespace it was born into
@@ -41,18 +51,63 @@ class HostRuntime(Runtime):
         """See :meth:`Runtime.prepare`."""
         super().prepare(spec, name)
         _allow_setuid(spec["root"]["path"])
+        for mount in spec.get("mounts") or ():
+            _keep_flags(mount)
+        if user_namespaces.inside():
+            _without_root(spec)
 
     def prepare_process(self, process: dict[str, Any]) -> None:
         """See :meth:`Runtime.prepare_process`; caps limits that nobody has asked for."""
+        if user_namespaces.inside():
+            _check_ids(process.get("user") or {})
         limits = process.get("rlimits") or []
         if limits and not _may_raise_limits():
             process["rlimits"] = [_capped(limit) for limit in limits]
 
 
+def _keep_flags(mount: dict[str, Any]) -> None:
+    """Says the flags of a share again: runc sets a bind's anew if it sets any, and without root may take none away."""
+    options, source = mount.get("options") or [], str(mount.get("source"))
+    if source.startswith("/run/mounts/shares/") and not _NO_FLAGS.issuperset(options):
+        flags = os.statvfs(source).f_flag
+        mount["options"] = [*options, *(word for flag, word in _FLAGS.items() if flags & flag)]
+
+
 def _allow_setuid(root: str) -> None:
     """A bundle's root filesystem is a share; unlike other shares it may have programs such as ``su``."""
     if root.startswith("/run/mounts/shares/"):
-        syscalls.mount_setattr(syscalls.AT_FDCWD, root, 0, attr_clr=syscalls.MOUNT_ATTR_NOSUID)
+        try:
+            syscalls.mount_setattr(syscalls.AT_FDCWD, root, 0, attr_clr=syscalls.MOUNT_ATTR_NOSUID)
+        except PermissionError:  # in a user namespace: the host's own mount is nosuid, and stays so
+            if not user_namespaces.inside():
+                raise
+
+
+def _without_root(spec: dict[str, Any]) -> None:
+    """What an OCI runtime can do in a user namespace: no control groups, and owners that exist in it."""
+    spec["linux"].pop("cgroupsPath", None)
+    spec["linux"].pop("resources", None)  # rules for devices, which cannot be made there; others have been refused
+    for mount in spec.get("mounts") or ():
+        mount["options"] = [option for option in mount.get("options") or () if _can_own(option)]
+
+
+def _can_own(option: str) -> bool:
+    """False for an owner that does not exist, such as a terminals' group 5: devpts then belongs to who mounts it."""
+    kind, _, number = option.partition("=")
+    return kind not in ("uid", "gid") or not number.isdecimal() or user_namespaces.exists(kind, int(number))
+
+
+def _check_ids(user: dict[str, Any]) -> None:
+    ids = [("uid", user.get("uid", 0)), ("gid", user.get("gid", 0))]
+    for kind, number in ids:
+        if not user_namespaces.exists(kind, int(number)):
+            raise Unsupported(
+                "start process", subject=f"{kind} {number}", why="the user who runs the pod has not been given it",
+                code="id-not-mapped", hint=f"give them some in /etc/sub{kind}, and apt install uidmap",
+            )  # fmt: skip
+    # Of the other groups those that do not exist are left out: the kernel has none to give.
+    if "additionalGids" in user:
+        user["additionalGids"] = [gid for gid in user["additionalGids"] if user_namespaces.exists("gid", int(gid))]
 
 
 def _capped(limit: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +124,9 @@ def _capped(limit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_raise_limits() -> bool:
-    """Whether we have CAP_SYS_RESOURCE: a container in which Holdfast runs may not have given it."""
+    """Whether we have CAP_SYS_RESOURCE on the host: a container in which Holdfast runs may not have given it."""
+    if user_namespaces.inside():
+        return False
     with open("/proc/self/status") as file:
         capabilities = next(line for line in file if line.startswith("CapEff:"))
     return bool(int(capabilities.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
@@ -125,8 +182,7 @@ def isolate(export: str) -> None:
         syscalls.mount("none", "/run", "", MS_SHARED)
     finally:
         os.close(view)
-    with open("/proc/sys/kernel/hostname", "w") as file:
-        file.write("holdfast")
+    socket.sethostname("holdfast")
 
 
 def main() -> None:
