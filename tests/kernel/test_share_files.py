@@ -15,8 +15,9 @@ import pytest
 from holdfast.errors import Exhausted
 from holdfast.linux import syscalls
 from holdfast.storage import follow
+from holdfast.storage.export import ShareKey, identify
 from holdfast.storage.journal import Journal
-from holdfast.storage.shares import ShareKey, Shares, identify
+from holdfast.storage.shares import Shares
 from tests.fakes import FakeSandbox, Faulty
 
 if TYPE_CHECKING:
@@ -348,7 +349,7 @@ def test_a_guest_that_is_slow_to_hear_of_it(run, host, served):
             await first.reached.wait()
         for number in range(100):
             replace(host / "file", f"file {number}")
-            shares._follower._read()
+            shares._export._follower._read()
         assert (served / "0/file").read_text() == "file 99"
         last = sandbox.hold(REFRESH)
         first.proceed.set()

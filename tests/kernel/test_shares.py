@@ -12,10 +12,11 @@ import pytest
 
 from holdfast.errors import HoldfastError, InvalidInput, NotFound
 from holdfast.linux import syscalls
+from holdfast.storage.export import ShareKey, clone_tree
 from holdfast.storage.journal import Journal
-from holdfast.storage.shares import ShareKey, Shares, clone_tree
+from holdfast.storage.shares import Shares
 from tests import leaks
-from tests.fakes import FakeSandbox, Faulty
+from tests.fakes import FakeSandbox, Faulty, Mounted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -353,5 +354,134 @@ def test_death(run, host, export):
         sandbox.inner.die()
         await shares.remove(share, "a")
         assert "Remove MappedDirectory" not in sandbox.steps
+
+    run(test)
+
+
+# -- many at once -----------------------------------------------------------------------------
+
+
+def folders(tmp_path: Path, count: int) -> list[Path]:
+    paths = [tmp_path / f"folder{number}" for number in range(count)]
+    for path in paths:
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    return paths
+
+
+def test_many_with_one_request(run, tmp_path, export):
+    async def test(shares: Shares, sandbox: Faulty, journal: Journal) -> None:
+        paths = folders(tmp_path, 3)
+        (tmp_path / "alone").write_text("alone")
+        wanted = [(key_of(path, read_only=path.name == "folder1"), False) for path in paths]
+        made = await shares.add_all([*wanted, (key_of(tmp_path / "alone"), True)], "a")
+        assert sandbox.steps == ["Add MappedDirectory"]
+        where = ["/run/mounts/shares/b0/0", "/run/mounts/shares/b0/1", "/run/mounts/shares/b0/2"]
+        assert [share.guest_path for share in made] == [*where, "/run/mounts/shares/m3/alone"]
+        assert sorted(files(export)) == ["3/alone", "b0/0/file", "b0/1/file", "b0/2/file"]
+        assert [row.state for row in journal.held()] == ["held"] * 4
+        (export / "b0/0/file").write_text("written through")
+        assert (paths[0] / "file").read_text() == "written through"
+        for refuse in (export / "b0/1/new", export / "b0/new"):  # the group itself is nobody's to write to
+            refused(errno.EROFS, lambda: refuse.write_text("x"))  # noqa: B023  called here
+        await shares.remove(made[1], "a")
+        assert sorted(files(export)) == ["3/alone", "b0/0/file", "b0/2/file"]
+        await shares.remove_all(made, "a")
+        assert sandbox.steps == ["Add MappedDirectory", "Remove MappedDirectory", "Remove MappedDirectory"]
+        assert [(path / "file").exists() for path in paths] == [True] * 3
+
+    run(test)
+
+
+def test_many_of_which_others_hold_some(run, tmp_path, export):
+    async def test(shares: Shares, sandbox: Faulty, _journal: Journal) -> None:
+        keys = [(key_of(path), False) for path in folders(tmp_path, 4)]
+        first = await shares.add_all(keys[:3], "a")
+        second = await shares.add_all(keys[1:], "b")
+        assert first[1:] == second[:2]
+        assert [share.number for share in second] == [1, 2, 3]
+        await shares.remove_all(first, "a")
+        assert sorted(files(export)) == ["3/file", "b0/1/file", "b0/2/file"]
+        await shares.remove_all(second, "b")
+
+    run(test)
+
+
+def test_one_of_many_that_is_gone_takes_the_others_back(run, tmp_path, export):
+    async def test(shares: Shares, sandbox: Faulty, journal: Journal) -> None:
+        paths = folders(tmp_path, 3)
+        keys = [(key_of(path), False) for path in paths]
+        (paths[1] / "file").unlink()
+        paths[1].rmdir()
+        with pytest.raises(NotFound):
+            await shares.add_all(keys, "a")
+        assert sandbox.steps == []
+        paths[1].mkdir()
+        keys[1] = (key_of(paths[1]), False)
+        why = "refused by the test"
+        publish, failed = shares._export.publish, []
+
+        def fails_once(place, key, identity, replaced) -> None:
+            if key.path == str(paths[1]) and not failed:
+                failed.append(place)
+                raise InvalidInput(why)
+            publish(place, key, identity, replaced)
+
+        shares._export.publish = fails_once
+        with pytest.raises(InvalidInput, match=why):
+            await shares.add_all(keys, "a")
+        assert os.listdir(export) == []
+        assert journal.held() == []
+        assert [share.number for share in await shares.add_all(keys, "a")] == [3, 4, 5]
+        await shares.remove_all([share for share, _ in shares.items()], "a")
+
+    run(test)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_guest_that_fails_with_many(run, tmp_path, export, after):
+    async def test(shares: Shares, sandbox: Faulty, journal: Journal) -> None:
+        keys = [(key_of(path), False) for path in folders(tmp_path, 3)]
+        sandbox.fail("Add MappedDirectory", after=after)
+        with pytest.raises(HoldfastError, match="injected") as failure:
+            await shares.add_all(keys, "a")
+        assert failure.value.causes == ()
+        assert os.listdir(export) == []
+        assert journal.held() == []
+        made = await shares.add_all(keys, "a")
+        sandbox.fail("Remove MappedDirectory", after=after)
+        with pytest.raises(HoldfastError, match="injected"):
+            await shares.remove_all(made, "a")
+        assert [row.state for row in journal.held()] == ["releasing"] * 3
+        await shares.remove_all(made, "a")
+
+    run(test)
+
+
+def test_a_guest_that_refuses_one_of_many(run, tmp_path, export):
+    async def test(shares: Shares, sandbox: Faulty, _journal: Journal) -> None:
+        keys = [(key_of(path), False) for path in folders(tmp_path, 3)]
+        sandbox.inner.mounts["/run/mounts/shares/b0/1"] = Mounted("share", "in the way")
+        sandbox.fail("Remove MappedDirectory")
+        with pytest.raises(HoldfastError, match=r"something else is mounted there.*also: Remove MappedDirectory: inj"):
+            await shares.add_all(keys, "a")
+        assert await shares.retry() == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("answer", [{}, {"results": []}, {"results": [{}, 7]}, {"results": "ab"}])
+def test_a_guest_that_answers_nonsense(run, tmp_path, answer):
+    async def test(shares: Shares, sandbox: Faulty, _journal: Journal) -> None:
+        real = sandbox.inner.request
+        keys = [(key_of(path), False) for path in folders(tmp_path, 2)]
+
+        async def lies(method, params, seconds):
+            result = await real(method, params, seconds)
+            return answer if params["RequestType"] == "Add" else result
+
+        sandbox.inner.request = lies
+        with pytest.raises(HoldfastError, match="not one result for each"):
+            await shares.add_all(keys, "a")
 
     run(test)

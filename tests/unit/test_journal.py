@@ -110,6 +110,26 @@ def test_an_intent_is_there_for_others_before_the_act(journal, state_root):
         journal.release(row)
 
 
+def test_many_by_one_commit(journal, state_root):
+    first = journal.intend("p", "attachment", "/disk")
+    rows = journal.intend_all("p", "share", [(f"/{number}", {"number": number}) for number in range(3)])
+    with Journal(state_root) as other:
+
+        def states() -> list[tuple[str, str]]:
+            return [(held.object, held.state) for held in other.held("p") if held.kind == "share"]
+
+        assert len({first, *rows}) == 4
+        assert states() == [("/0", "intent"), ("/1", "intent"), ("/2", "intent")]
+        assert [held.detail for held in other.held()] == [{}, {"number": 0}, {"number": 1}, {"number": 2}]
+        journal.hold_all(rows[:2])
+        assert states() == [("/0", "held"), ("/1", "held"), ("/2", "intent")]
+        journal.releasing_all(rows[1:])
+        assert states() == [("/0", "held"), ("/1", "releasing"), ("/2", "releasing")]
+        journal.release_all(rows)
+        journal.release_all([])
+        assert [held.object for held in other.held()] == ["/disk"]
+
+
 def test_rows_come_in_the_order_of_acquisition(journal):
     rows = [journal.intend(pod, "k", str(n)) for n, pod in enumerate("aba")]
     assert len(set(rows)) == 3

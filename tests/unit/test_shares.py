@@ -100,7 +100,7 @@ def test_hot_attach_obeys_the_policy(tmp_path: Path, state_root: Path):
         with Journal(state_root) as journal:
             sandbox = Faulty(FakeSandbox(str(tmp_path / "export")))
             engine = Engine(sandbox, journal, "pod", tmp_path, writable_shares=False)
-            attach = HotAttach(engine, sandbox, Mock(spec=Containers))
+            attach = HotAttach(engine, sandbox, Mock(spec=Containers, rootless=False))
             with pytest.raises(HoldfastError) as failure:
                 await attach.attach({"type": "bind", "source": str(tmp_path), "options": ["rbind", "rw"]})
             assert failure.value.code == "writable-share-denied"

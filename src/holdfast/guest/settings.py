@@ -9,6 +9,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+def item(value: object) -> dict[str, Any]:
+    """The settings of one of many things.
+
+    Raises:
+        InvalidInput: they are no object.
+    """
+    if not isinstance(value, dict):
+        raise InvalidInput("read request", subject="Settings", why="not an object")
+    return value
+
+
 def text(settings: dict[str, Any], key: str) -> str:
     """A text.
 

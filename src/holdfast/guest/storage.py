@@ -7,12 +7,14 @@ simply ask again.
 
 from __future__ import annotations
 
+from holdfast import trace
 from holdfast.errors import InvalidInput
-from holdfast.guest import disk_mounts, layers, pci, pmem, shares, volumes
+from holdfast.guest import disk_mounts, layers, overlays, pci, pmem, shares, volumes
 from holdfast.guest import settings as settings_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from holdfast.guest.children import Children
@@ -28,6 +30,8 @@ _HANDLERS = {
     ("MappedDirectory", "Remove"): shares.remove,
     ("CombinedLayers", "Add"): layers.add,
     ("CombinedLayers", "Remove"): layers.remove,
+    ("OverlaidMount", "Add"): overlays.add,
+    ("OverlaidMount", "Remove"): overlays.remove,
     ("VPMemDevice", "Add"): pmem.add,
     ("VPMemDevice", "Remove"): pmem.remove,
     ("VPCIDevice", "Add"): pci.add,
@@ -36,10 +40,12 @@ _HANDLERS = {
     ("ImageVolume", "Add"): volumes.add_image,
     ("ImageVolume", "Remove"): volumes.remove,
 }
+#: Of these one request may be for many things: its settings are a list then.
+_FOR_MANY = {("MappedDirectory", "Add"): shares.add_all, ("MappedDirectory", "Remove"): shares.remove_all}
 
 
 def modify(request: dict[str, Any], children: Children) -> Task:
-    """Task: carries out one modify request; returns ``{"path": guest path}`` or ``{}``.
+    """Task: carries out one modify request; returns ``{"path": guest path}`` or ``{}``; ``{"results": ...}`` for many.
 
     Raises:
         InvalidInput: the request is malformed, or for nothing that is known here.
@@ -47,12 +53,16 @@ def modify(request: dict[str, Any], children: Children) -> Task:
     resource = settings_of.text(request, "ResourceType")
     action = settings_of.text(request, "RequestType") or "Add"
     settings = request.get("Settings")
-    if not isinstance(settings, dict):
+    many = isinstance(settings, list) and len(settings) > 0
+    if not many and not isinstance(settings, dict):
         raise InvalidInput("modify guest", subject=resource, why="Settings is not an object")
-    handler = _HANDLERS.get((resource, action))
+    handler: Callable[[Any, Children], Task] | None = (_FOR_MANY if many else _HANDLERS).get((resource, action))
     if handler is None:
         raise InvalidInput(
             "modify guest", subject=resource, why=f"unknown resource type, or it knows no {action!r}",
             code="unknown-resource",
         )  # fmt: skip
-    return (yield from handler(settings, children))
+    trace.mark(f"asked for {action} {resource}")
+    answer = yield from handler(settings, children)
+    trace.mark(f"has done {action} {resource}")
+    return answer

@@ -44,8 +44,8 @@ class Entry(Generic[V]):
         self.waiting = 0
         self.made = False
         self.value: V
-        self.making: asyncio.Task[None] | None = None
-        self.unmaking: asyncio.Task[None] | None = None
+        self.making: asyncio.Future[None] | None = None
+        self.unmaking: asyncio.Future[None] | None = None
         self.broken = False
 
 
@@ -84,7 +84,7 @@ class Counted(Generic[K, V]):
     async def _made(self, key: K, entry: Entry[V], make: Callable[[], Awaitable[V]]) -> None:
         if entry.making is None:
             entry.making = asyncio.ensure_future(self._make_now(key, entry, make))
-            entry.making.add_done_callback(_retrieve)  # for when everybody has given up
+            entry.making.add_done_callback(retrieve)  # for when everybody has given up
         entry.waiting += 1
         try:
             await asyncio.shield(entry.making)
@@ -124,17 +124,17 @@ class Counted(Generic[K, V]):
             return
         # Who waits for what has been made this instant is about to hold it.
         if entry.holders[holder] > 1 or len(entry.holders) > 1 or entry.waiting:
-            _drop(entry.holders, holder)
+            drop(entry.holders, holder)
             return
         await self._unmade(key, entry)
 
     async def _unmade(self, key: K, entry: Entry[V]) -> None:
         await asyncio.shield(entry.unmaking or self._start_unmaking(key, entry))
 
-    def _start_unmaking(self, key: K, entry: Entry[V]) -> asyncio.Task[None]:
+    def _start_unmaking(self, key: K, entry: Entry[V]) -> asyncio.Future[None]:
         entry.broken = True
         entry.unmaking = asyncio.ensure_future(self._unmake_now(key, entry))
-        entry.unmaking.add_done_callback(_retrieve)
+        entry.unmaking.add_done_callback(retrieve)
         return entry.unmaking
 
     async def _unmake_now(self, key: K, entry: Entry[V]) -> None:
@@ -183,6 +183,20 @@ class Counted(Generic[K, V]):
             if entry.unmaking is not None and not entry.holders:
                 await asyncio.wait({entry.unmaking})
 
+    def adopt(self, key: K, value: V, holders: dict[str, int]) -> None:
+        """Takes over a thing that is there already, with those who hold it, and how often."""
+        entry = self._entries[key] = Entry()
+        entry.value, entry.holders, entry.made = value, dict(holders), True
+
+    def counts(self, key: K) -> dict[str, int]:
+        """Who holds a thing, and how often."""
+        return dict(self._entries[key].holders)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether anything is being made or unmade, or is half unmade."""
+        return any(not e.made or e.broken or e.waiting or e.unmaking is not None for e in self._entries.values())
+
     def value(self, key: K) -> V | None:
         """The made thing, or None."""
         entry = self._entries.get(key)
@@ -200,13 +214,14 @@ class Counted(Generic[K, V]):
         return len(self._entries)
 
 
-def _drop(holders: dict[str, int], holder: str) -> None:
+def drop(holders: dict[str, int], holder: str) -> None:
+    """One holding less."""
     holders[holder] -= 1
     if not holders[holder]:
         del holders[holder]
 
 
-def _retrieve(task: asyncio.Task[None]) -> None:
+def retrieve(task: asyncio.Future[None]) -> None:
     """Somebody may be left to hear of a failure, or nobody: that is no reason for asyncio to complain."""
     if not task.cancelled():
         task.exception()

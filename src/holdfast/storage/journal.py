@@ -10,6 +10,7 @@ as long as its monitor lives, and that is asked of the kernel: the monitor holds
     pods    (name, pid, isolation, created_ns, folder)
     held    (id, pod, kind, object, state: intent|held|releasing, detail: JSON)
     leases  (device, inode, pod, writable, path)        who may open which disk
+    machines (pod, data, guest, template)               what was started from which files of which data folder
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CREATE TABLE IF NOT EXISTS held (id INTEGER PRIMARY KEY, pod TEXT NOT NULL, kind
     object TEXT NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS leases (device INTEGER NOT NULL, inode INTEGER NOT NULL, pod TEXT NOT NULL,
     writable INTEGER NOT NULL, path TEXT NOT NULL, PRIMARY KEY (device, inode, pod, writable)) STRICT;
+CREATE TABLE IF NOT EXISTS machines (pod TEXT PRIMARY KEY, data TEXT NOT NULL, guest TEXT NOT NULL,
+    template TEXT NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS held_pod ON held (pod);
 """
 _BUSY_MS = 10_000
@@ -63,6 +66,15 @@ class HeldRow(msgspec.Struct, frozen=True):
     object: str
     state: str
     detail: dict[str, Any]
+
+
+class MachineRow(msgspec.Struct, frozen=True):
+    """What a pod's machine was started from: a guest, and the template's key, which is empty if it was booted."""
+
+    pod: str
+    data: str
+    guest: str
+    template: str
 
 
 class Journal:
@@ -108,6 +120,28 @@ class Journal:
         row = (name, pid, isolation, time.time_ns(), str(self.pods_folder / name))
         self._db.execute("INSERT OR REPLACE INTO pods VALUES (?, ?, ?, ?, ?)", row)
 
+    def rename_pod(self, old: str, new: str) -> None:
+        """Gives a pod that holds nothing yet another name, its folder first; for who holds its lock.
+
+        Raises:
+            InUse: a pod of that name exists.
+        """
+        if (self.pods_folder / new).is_dir():
+            self.collect(new)  # if its monitor is dead
+        try:
+            os.rename(self.pods_folder / old, self.pods_folder / new)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise InUse(
+                "start pod", subject=new, why="a pod of this name exists", code="pod-exists",
+                hint=f"choose another name, or: holdfast pod remove {new}",
+            ) from None  # fmt: skip
+        with self._db:
+            folder = str(self.pods_folder / new)
+            self._db.execute("UPDATE pods SET name = ?, folder = ? WHERE name = ?", (new, folder, old))
+            self._db.execute("UPDATE machines SET pod = ? WHERE pod = ?", (new, old))
+
     def pods(self) -> list[PodRow]:
         """Every recorded pod, oldest first; whether one lives is :meth:`is_alive`'s answer."""
         return [PodRow(*row) for row in self._db.execute("SELECT * FROM pods ORDER BY created_ns, name")]
@@ -121,6 +155,16 @@ class Journal:
         for row in self._db.execute("SELECT * FROM pods WHERE name = ?", (name,)):
             return PodRow(*row)
         raise NotFound("find pod", subject=name, code="pod-not-found", hint="holdfast ps lists the pods")
+
+    def add_machine(self, row: MachineRow) -> None:
+        """Records what a pod's machine is about to be started from, before the files are opened."""
+        values = (row.pod, os.path.realpath(row.data), row.guest, row.template)
+        self._db.execute("INSERT OR REPLACE INTO machines VALUES (?, ?, ?, ?)", values)
+
+    def machines(self, data: Path) -> list[MachineRow]:
+        """The machines, of pods that live, that were started from files of a data folder."""
+        rows = self._db.execute("SELECT * FROM machines WHERE data = ? ORDER BY pod", (os.path.realpath(data),))
+        return [row for row in [MachineRow(*values) for values in rows] if self.is_alive(row.pod)]
 
     def is_alive(self, pod: str) -> bool:
         """Whether the pod's monitor lives: it holds the pod's lock."""
@@ -151,6 +195,7 @@ class Journal:
         with self._db:
             self._db.execute("DELETE FROM held WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM leases WHERE pod = ?", (name,))
+            self._db.execute("DELETE FROM machines WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM pods WHERE name = ?", (name,))
         _remove_pod_folder(self.pods_folder / name)
 
@@ -203,6 +248,30 @@ class Journal:
     def release(self, row: int) -> None:
         """Records that it has been let go of, or was never done."""
         self._db.execute("DELETE FROM held WHERE id = ?", (row,))
+
+    def intend_all(self, pod: str, kind: str, wanted: Iterable[tuple[str, dict[str, Any]]]) -> list[int]:
+        """The same as :meth:`intend` for many, by one commit; each is a subject and its detail."""
+        rows = [(pod, kind, subject, json.dumps(detail)) for subject, detail in wanted]
+        insert = "INSERT INTO held (pod, kind, object, state, detail) VALUES (?, ?, ?, 'intent', ?) RETURNING id"
+        with self._db:
+            ids = [row for (row,) in self._db.executemany(insert, rows)]
+        return ids
+
+    def hold_all(self, rows: Iterable[int]) -> None:
+        """The same as :meth:`hold` for many, by one commit."""
+        self._all("UPDATE held SET state = 'held' WHERE id = ?", rows)
+
+    def releasing_all(self, rows: Iterable[int]) -> None:
+        """The same as :meth:`releasing` for many, by one commit."""
+        self._all("UPDATE held SET state = 'releasing' WHERE id = ?", rows)
+
+    def release_all(self, rows: Iterable[int]) -> None:
+        """The same as :meth:`release` for many, by one commit."""
+        self._all("DELETE FROM held WHERE id = ?", rows)
+
+    def _all(self, change: str, rows: Iterable[int]) -> None:
+        with self._db:
+            self._db.executemany(change, [(row,) for row in rows])
 
     def held(self, pod: str | None = None) -> list[HeldRow]:
         """What a pod, or every pod, holds, in the order of acquisition."""

@@ -1,87 +1,63 @@
 """Host directories and files shown in the guest.
 
-The sandbox exports one folder over 9p.  A share is a numbered entry in it: a clone of the host's mount,
-made detached, made read-only if it is to be, and published by one ``move_mount``.  The export lives in the
-monitor's own mount namespace, so that nothing of it is seen on the host or outlives the monitor.
-
-A single file gets a folder of its own with that one name in it: nothing beside it becomes visible.  When the
-host replaces the file (editors and package managers write a new one and rename it), the new one is published
-in a second folder, and one ``renameat2`` exchanges the two: at each moment the name is the old file or the
-new one.  While the name is gone on the host, or is no regular file, it does not exist in the guest either.
+The sandbox exports one folder, over 9p if it is a machine, and a share is a numbered entry in it.  What a container's
+plan shares is shared at once: one commit of what is about to be done, the host's half of each, one request to the
+guest for all, one commit of what was done; and so it is let go of.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
-import stat
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.errors import HoldfastError, InvalidInput, NotFound
-from holdfast.linux import syscalls
-from holdfast.mounts.unmount import remove_mount_point
+from holdfast.errors import GuestFailed, HoldfastError, TimedOut, from_dict
 from holdfast.spec import guest_requests as requests
 from holdfast.storage.attachments import FLUSH_SECONDS, GUEST_SECONDS, add_causes, while_alive
-from holdfast.storage.counted import Counted, HalfMade
-from holdfast.storage.follow import Follower
-from holdfast.storage.undo import Undo
+from holdfast.storage.counted import HalfMade
+from holdfast.storage.counted_many import CountedMany
+from holdfast.storage.export import CACHE_MODES, DEFAULT_CACHE, Export, Identity, Place, ShareKey, identify
+from holdfast.storage.undo import UNDO_SECONDS, not_released
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from holdfast.machine.sandbox import Sandbox
     from holdfast.storage.journal import Journal
 
 
-#: How the guest caches a share's data.  ``mmap``: not at all, but for what is mapped; ``none``: nor that, so
-#: that there are no writable shared maps; ``loose``: as if nobody else wrote.
-CACHE_MODES = ("mmap", "none", "loose")
-DEFAULT_CACHE = "mmap"
-#: Nothing is executed through a share's mount on the host, and no device opened: QEMU only reads and writes files.
-_ATTRIBUTES = syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSUID
-
-
-class ShareKey(NamedTuple):
-    """What is to be shared, and how; ``device`` and ``inode`` are those that were seen at ``path``."""
-
-    device: int
-    inode: int
-    path: str
-    read_only: bool
-    recursive: bool
-    cache: str = DEFAULT_CACHE
-
-
-class Identity(NamedTuple):
-    """What makes two shares the same: a directory, the names of it that are shown, and how.
+class Share(msgspec.Struct, frozen=True):
+    """A share: where in the export it is, and where the guest has it.
 
     Attributes:
-        mount, device, inode: of the directory, however its path was spelled; of the file, if that has no name.
-        names: empty for all; else the file's name in the directory.
-        shown: what the guest sees it called; not the same as its name if the path is a link to it.
+        row: in the journal.
     """
-
-    mount: int
-    device: int
-    inode: int
-    names: tuple[str, ...]
-    shown: str
-    read_only: bool
-    recursive: bool
-    cache: str
-
-
-class Share(msgspec.Struct, frozen=True):
-    """A share: its number in the export and where the guest has it."""
 
     key: ShareKey
     identity: Identity
-    number: int
-    file: str
-    guest_path: str
+    place: Place
     row: int
+
+    @property
+    def number(self) -> int:
+        return self.place.number
+
+    @property
+    def file(self) -> str:
+        """The name of a file that is shared alone; empty for a directory."""
+        return self.identity.shown
+
+    @property
+    def mount_path(self) -> str:
+        """Where the guest has its directory, or the folder that its file is in."""
+        return f"/run/mounts/shares/{'m' if self.place.group < 0 else ''}{self.place}"
+
+    @property
+    def guest_path(self) -> str:
+        return f"{self.mount_path}/{self.file}" if self.file else self.mount_path
 
 
 class Shares:
@@ -92,11 +68,11 @@ class Shares:
         self._journal = journal
         self._pod = pod
         self._last = -1
-        self._follower = Follower()
+        self._export = Export(sandbox)
         self._refreshing: set[asyncio.Task[None]] = set()
         self._refresh_one = asyncio.Lock()
         self._stale: set[int] = set()
-        self._shared: Counted[Identity, Share] = Counted(self._remove)
+        self._shared: CountedMany[Identity, Share] = CountedMany(self._remove_all)
 
     async def add(self, key: ShareKey, holder: str, *, file: bool) -> Share:
         """Shows a directory, or one file, in the guest, or counts one more holder.
@@ -105,8 +81,19 @@ class Shares:
             InvalidInput: another file is there than the one that was seen.
             HoldfastError: what went wrong; nothing of it is left.
         """
-        identity = identify(key, file=file)
-        return await self._shared.acquire(identity, holder, lambda: self._add(identity, key))
+        return (await self.add_all([(key, file)], holder))[0]
+
+    async def add_all(self, wanted: Sequence[tuple[ShareKey, bool]], holder: str) -> list[Share]:
+        """The same for many, with one request to the guest; each is a key and whether it is a file.
+
+        Raises:
+            InvalidInput, HoldfastError: see :meth:`add`; ``holder`` has none of them then.
+        """
+        identities = [identify(key, file=file) for key, file in wanted]
+        keys = {identity: key for identity, (key, _) in zip(identities, wanted, strict=True)}
+        return await self._shared.acquire_all(
+            identities, holder, lambda new: self._add_all([(identity, keys[identity]) for identity in new])
+        )
 
     async def remove(self, share: Share, holder: str) -> None:
         """Lets go of a share; can be tried again when it fails.
@@ -114,7 +101,19 @@ class Shares:
         Raises:
             NotReleased: the guest keeps it busy.
         """
-        await self._shared.release(share.identity, holder)
+        await self.remove_all([share], holder)
+
+    async def remove_all(self, shares: Sequence[Share], holder: str) -> None:
+        """The same for many, with one request to the guest.
+
+        Raises:
+            NotReleased: the guest keeps some of them busy; the others are gone.
+        """
+        errors = await self._shared.release_all([share.identity for share in shares], holder)
+        if len(errors) > 1:
+            raise not_released("remove shares", holder, errors)
+        if errors:
+            raise errors[0]
 
     async def retry(self) -> list[Exception]:
         """See :meth:`Counted.retry`."""
@@ -124,93 +123,87 @@ class Shares:
         """See :meth:`Counted.settle`."""
         await self._shared.settle()
 
-    async def _add(self, identity: Identity, key: ShareKey) -> Share:
-        # Never one that was used before: a guest that caches ("loose") would show an earlier share's files.
-        self._last = number = self._last + 1
-        row = self._journal.intend(self._pod, "share", key.path, {"number": number, "read_only": key.read_only})
-        name = identity.shown
-        target = f"/run/mounts/shares/m{number}"
-        share = Share(key, identity, number, name, f"{target}/{name}" if name else target, row)
-        undo = Undo()
-        undo.push("withdraw share", lambda: self._take_back(share))
+    async def _add_all(self, new: list[tuple[Identity, ShareKey]]) -> list[Share | BaseException]:
+        """Makes shares: the host's half of each, then the guest's of all; what fails is taken back."""
+        shares = self._intended(new)
+        failed: dict[int, BaseException] = self._published(shares)
+        published = [share for share in shares if share.number not in failed]
+        refused: dict[int, BaseException]
         try:
-            self._publish(share)
-            # The guest may have it mounted even when its answer does not come: from here on undoing is removing.
-            undo.forget()
-            undo.push("remove share", lambda: self._remove(identity, share))
-            settings = requests.LCOWMappedDirectory(
-                mount_path=target, share_name=str(number), read_only=key.read_only,
-                cache="" if key.cache == DEFAULT_CACHE else key.cache,
-            )  # fmt: skip
-            await self._guest("Add", settings)
-            self._journal.hold(row)
+            answers = await self._ask_all("Add", [_settings(share) for share in published])
+            refused = {share.number: why for share, why in zip(published, answers, strict=True) if why is not None}
+            self._journal.hold_all(share.row for share in published if share.number not in refused)
         except BaseException as error:
-            causes = await undo.unwind()
-            add_causes(error, causes)
-            if causes:
-                raise HalfMade(error, share) from error
-            raise
-        return share
+            refused = {share.number: error for share in published}
+        # The guest may have it mounted even when its answer does not come: undoing is removing.
+        failed |= await self._removed([share for share in published if share.number in refused], refused)
+        return [failed.get(share.number, share) for share in shares]
 
-    def _publish(self, share: Share) -> None:
-        entry = f"{self._sandbox.export}/{share.number}"
-        fd = open_source(share.key)
+    def _intended(self, new: list[tuple[Identity, ShareKey]]) -> list[Share]:
+        # Never numbers that were used before: a guest that caches ("loose") would show an earlier share's files.
+        numbers = range(self._last + 1, self._last + 1 + len(new))
+        self._last += len(new)
+        places = [Place(number) for number in numbers]
+        for cache in CACHE_MODES:  # the guest has a mount for each
+            same = [i for i, (identity, _) in enumerate(new) if not identity.shown and identity.cache == cache]
+            if len(same) > 1:
+                for index in same:
+                    places[index] = Place(numbers[index], numbers[same[0]])
+        intents = [
+            (key.path, {"number": number, "read_only": key.read_only})
+            for number, (_, key) in zip(numbers, new, strict=True)
+        ]
+        rows = self._journal.intend_all(self._pod, "share", intents)
+        return [Share(key, identity, place, row) for place, row, (identity, key) in zip(places, rows, new, strict=True)]
+
+    def _published(self, shares: list[Share]) -> dict[int, BaseException]:
+        """Does the host's half; returns the outcomes for those that it could not do, once they are taken back."""
+        failed: dict[int, BaseException] = {}
         try:
-            seen = _identity(fd)
-            tree = clone_tree(share.key, fd)
-            try:
-                _make_entry(entry, share.file, tree)
-            finally:
-                os.close(tree)
-            if share.identity.names:
-                self._follow(share, fd, seen)
-        finally:
-            os.close(fd)
-
-    def _follow(self, share: Share, fd: int, seen: tuple[int, int]) -> None:
-        """From now on the entry shows what the file's name stands for, in the directory where that is now.
-
-        The directory stays open, and a link is not followed: whoever can write there (another share's guest,
-        perhaps) can choose among the files there, and gets at nothing else.
-        """
-        home = _home(fd)
-        if home is None:
-            return
-        dir_fd, name = home
-        shown: tuple[int, int] | None = seen
-
-        def look() -> None:
-            nonlocal shown
-            file_fd = _open_file(dir_fd, name)
-            try:
-                now = _identity(file_fd) if file_fd >= 0 else None
-                if now != shown:
-                    self._replace(share, file_fd)
-                    shown = now
-            finally:
-                if file_fd >= 0:
-                    os.close(file_fd)
-
+            for group in {share.place.group for share in shares} - {-1}:
+                self._export.make_group(group, [share.number for share in shares if share.place.group == group])
+            for share in shares:
+                try:
+                    replaced = functools.partial(self._replaced, share)
+                    self._export.publish(share.place, share.key, share.identity, replaced)
+                except Exception as error:
+                    failed[share.number] = error
+        except Exception as error:
+            failed = {share.number: error for share in shares}
+        back = [share for share in shares if share.number in failed]
+        left = self._export.withdraw([(share.place, share.file) for share in back])
         try:
-            self._follower.follow(share.number, dir_fd, name, look, lambda: os.close(dir_fd))
-        except BaseException:
-            os.close(dir_fd)
-            raise
+            self._journal.release_all(share.row for share, cause in zip(back, left, strict=True) if cause is None)
+        except Exception as error:
+            left = [error] * len(back)
+        for share, cause in zip(back, left, strict=True):
+            if cause is not None:
+                add_causes(failed[share.number], [cause])
+                failed[share.number] = HalfMade(failed[share.number], share)
+        return failed
 
-    def _replace(self, share: Share, file_fd: int) -> None:
-        """Shows another file, or none (-1), in the place of the one that is shown; no moment is between the two."""
-        entry, other = f"{self._sandbox.export}/{share.number}", f"{self._sandbox.export}/.{share.number}"
-        _clear_entry(other, share.file)
+    async def _removed(self, shares: list[Share], errors: dict[int, BaseException]) -> dict[int, BaseException]:
+        """The outcomes for shares that the guest could not be given: ``errors``, once they are removed."""
+        if not shares:
+            return {}
+        left: Sequence[Exception | None]
         try:
-            tree = clone_tree(share.key, file_fd) if file_fd >= 0 else -1
-            try:
-                _make_entry(other, share.file, tree)
-            finally:
-                if tree >= 0:
-                    os.close(tree)
-            syscalls.renameat2(other, entry, syscalls.RENAME_EXCHANGE)
-        finally:
-            _clear_entry(other, share.file)
+            async with asyncio.timeout(UNDO_SECONDS):
+                left = await self._remove_all(shares)
+        except TimeoutError:
+            left = [TimedOut("remove share", why=f"not done within {UNDO_SECONDS:g} s")] * len(shares)
+        except Exception as error:
+            left = [error] * len(shares)
+        outcomes: dict[int, BaseException] = {}
+        for share, cause in zip(shares, left, strict=True):
+            why = outcomes[share.number] = errors[share.number]
+            if cause is not None:
+                if not (isinstance(why, HoldfastError) and cause in why.causes):  # one error may be of many shares
+                    add_causes(why, [cause])
+                outcomes[share.number] = HalfMade(why, share)
+        return outcomes
+
+    def _replaced(self, share: Share) -> None:
         if share.number not in self._stale:
             self._stale.add(share.number)
             task = asyncio.ensure_future(self._refresh(share))
@@ -219,176 +212,88 @@ class Shares:
 
     async def _refresh(self, share: Share) -> None:
         """Lets the guest forget what it has in memory of the file that was there before."""
-        settings = requests.LCOWMappedDirectory(mount_path=share.guest_path, share_name=str(share.number))
+        settings = requests.LCOWMappedDirectory(mount_path=share.guest_path, share_name=str(share.place))
         async with self._refresh_one:  # a file that is replaced all the time does not fill the guest with requests
             self._stale.discard(share.number)
+            request = requests.encode(requests.GuestRequest("Update", settings))
             with contextlib.suppress(HoldfastError):  # it has none if it does not have the share, or does not live
-                await self._guest("Update", settings)
+                await self._sandbox.request("modify", request, GUEST_SECONDS)
 
-    async def _guest(
-        self, action: requests.RequestType, settings: requests.LCOWMappedDirectory, seconds: float = GUEST_SECONDS
-    ) -> None:
-        request = requests.encode(requests.GuestRequest(action, settings))
-        await self._sandbox.request("modify", request, seconds)
+    async def _ask_all(
+        self, action: requests.RequestType, many: list[requests.LCOWMappedDirectory], seconds: float = GUEST_SECONDS
+    ) -> list[HoldfastError | None]:
+        """Asks the guest for many things at once; returns for each why it was not done, or None."""
+        if not many:
+            return []
+        answer = await self._sandbox.request("modify", requests.encode_all(action, many), seconds)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list) or len(results) != len(many) or not all(isinstance(r, dict) for r in results):
+            raise GuestFailed(f"{action} shares", why="the guest's answer is not one result for each", code="answer")
+        errors = [result.get("error") for result in results]
+        return [from_dict(error) if isinstance(error, dict) else None for error in errors]
 
-    def _withdraw(self, number: int, name: str) -> None:
-        self._follower.forget(number)
-        entry = f"{self._sandbox.export}/{number}"
-        if name:
-            _clear_entry(entry, name)
-        else:
-            _detach_tree(entry)
-            remove_mount_point(entry)
+    async def _remove_all(self, shares: list[Share]) -> list[Exception | None]:
+        """Removes shares: the guest's half of all, then the host's of each that the guest has let go of."""
+        self._journal.releasing_all(share.row for share in shares)
+        errors: list[Exception | None] = [None] * len(shares)
 
-    async def _remove(self, _identity: Identity, share: Share) -> None:
-        self._journal.releasing(share.row)
-        target = f"/run/mounts/shares/m{share.number}"
-        settings = requests.LCOWMappedDirectory(mount_path=target, share_name=str(share.number))
-        await while_alive(self._sandbox, lambda: self._guest("Remove", settings, FLUSH_SECONDS))
-        self._take_back(share)
+        async def ask() -> None:
+            names = [requests.LCOWMappedDirectory(s.mount_path, share_name=str(s.place)) for s in shares]
+            errors[:] = await self._ask_all("Remove", names, FLUSH_SECONDS)
 
-    def _take_back(self, share: Share) -> None:
-        """The host's half of a removal; what stays published keeps its number and its line in the journal."""
-        self._withdraw(share.number, share.file)
-        self._journal.release(share.row)
+        await while_alive(self._sandbox, ask)
+        if self._sandbox.died.done():
+            errors = [None] * len(shares)
+        # What stays published keeps its number and its line in the journal.
+        free = [index for index, error in enumerate(errors) if error is None]
+        left = self._export.withdraw([(shares[index].place, shares[index].file) for index in free])
+        for index, error in zip(free, left, strict=True):
+            errors[index] = error
+        self._journal.release_all(share.row for share, error in zip(shares, errors, strict=True) if error is None)
+        return errors
+
+    def freeze(self) -> tuple[tuple[tuple[Share, dict[str, int]], ...], int]:
+        """Every share with its holders, as data, and the highest number that one had."""
+        return tuple((share, self._shared.counts(share.identity)) for share, _ in self.items()), self._last
+
+    def adopt(self, frozen: Sequence[tuple[Share, dict[str, int]]], last: int) -> None:
+        """Takes over what the guest has: does the host's half of each share; the guest makes its own anew.
+
+        Raises:
+            InvalidInput: something else is at its path now.
+        """
+        self._last = last
+        intents = [(share.key.path, {"number": share.number, "read_only": share.key.read_only}) for share, _ in frozen]
+        rows = self._journal.intend_all(self._pod, "share", intents)
+        ours = [msgspec.structs.replace(share, row=row) for (share, _), row in zip(frozen, rows, strict=True)]
+        for error in self._published_again(ours).values():
+            raise error
+        self._journal.hold_all(rows)
+        for share, (_, holders) in zip(ours, frozen, strict=True):
+            self._shared.adopt(share.identity, share, holders)
+
+    def _published_again(self, shares: list[Share]) -> dict[int, BaseException]:
+        """Groups as they were, whoever of them is left."""
+        groups: dict[int, list[Share]] = {}
+        for share in shares:
+            groups.setdefault(share.place.group, []).append(share)
+        failed: dict[int, BaseException] = {}
+        for some in groups.values():
+            failed |= self._published(some)
+        return failed
+
+    @property
+    def unsettled(self) -> bool:
+        """See :attr:`Counted.unsettled`."""
+        return self._shared.unsettled
 
     def items(self) -> list[tuple[Share, list[str]]]:
         """Every share with its holders, by number."""
         return sorted(((s, holders) for _, s, holders in self._shared.items()), key=lambda item: item[0].number)
 
 
-def open_source(key: ShareKey) -> int:
-    """What is to be shared, opened (O_PATH) once and for all; the caller owns the descriptor.
-
-    Raises:
-        NotFound: it is gone.
-        InvalidInput: something else is there than what was seen.
-    """
-    try:
-        fd = os.open(key.path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFound("share", subject=key.path, why=error, code="source-not-found") from None
-    if _identity(fd) != (key.device, key.inode):
-        os.close(fd)
-        raise InvalidInput("share", subject=key.path, why="another file is there now", code="source-changed")
-    return fd
-
-
-def identify(key: ShareKey, *, file: bool) -> Identity:
-    """What makes a share the same as another one.
-
-    Raises:
-        NotFound, InvalidInput: see :func:`open_source`.
-    """
-    fd = open_source(key)
-    try:
-        shown = os.path.basename(key.path) if file else ""
-        names: tuple[str, ...] = ()
-        where = _identity(fd)
-        mount = _mount_of(fd)
-        home = _home(fd) if file else None
-        if home is not None:
-            dir_fd, name = home
-            names, where = (name,), _identity(dir_fd)
-            os.close(dir_fd)
-        return Identity(mount, *where, names, shown, key.read_only, key.recursive, key.cache)
-    finally:
-        os.close(fd)
-
-
-def clone_tree(key: ShareKey, source_fd: int = -1) -> int:
-    """A detached copy of the mount at a host path, read-only if the share is; the caller owns the descriptor.
-
-    Args:
-        source_fd: what is at the path, if it is open already; stays the caller's.
-
-    Raises:
-        NotFound, InvalidInput: see :func:`open_source`.
-    """
-    fd = open_source(key) if source_fd < 0 else source_fd
-    try:
-        recursive = syscalls.AT_RECURSIVE if key.recursive else 0
-        tree = syscalls.open_tree(fd, "", syscalls.AT_EMPTY_PATH | syscalls.OPEN_TREE_CLONE | recursive)
-    finally:
-        if fd != source_fd:
-            os.close(fd)
-    try:
-        # Private: what is mounted in the copy later must not show up on the host.
-        attributes = _ATTRIBUTES | (syscalls.MOUNT_ATTR_RDONLY if key.read_only else 0)
-        syscalls.mount_setattr(
-            tree, "", syscalls.AT_EMPTY_PATH | recursive, attr_set=attributes, propagation=syscalls.MS_PRIVATE
-        )
-    except BaseException:
-        os.close(tree)
-        raise
-    return tree
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def _mount_of(fd: int) -> int:
-    """The number of the mount that a descriptor was opened through: the same directory may be in several."""
-    with open(f"/proc/self/fdinfo/{fd}") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
-
-
-def _home(file_fd: int) -> tuple[int, str] | None:
-    """The directory that an open file is in (the caller's to close) and its name there; None if it has none."""
-    folder, name = os.path.split(os.readlink(f"/proc/self/fd/{file_fd}"))
-    try:
-        dir_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    found = _open_file(dir_fd, name)
-    if found >= 0:
-        same = _identity(found) == _identity(file_fd)
-        os.close(found)
-        if same:
-            return dir_fd, name
-    os.close(dir_fd)
-    return None
-
-
-def _open_file(dir_fd: int, name: str) -> int:
-    """The regular file of a name (O_PATH), or -1 if there is none."""
-    try:
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    except OSError:
-        return -1
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    return -1
-
-
-def _make_entry(entry: str, name: str, tree: int) -> None:
-    """Makes an entry of the export and moves a detached mount there: on it, or on ``name`` in it; -1 is none."""
-    os.mkdir(entry, 0o755)
-    if tree < 0:
-        return
-    target = entry
-    if name:
-        target = f"{entry}/{name}"
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-
-
-def _clear_entry(entry: str, name: str) -> None:
-    """Removes an entry that nothing leads to any more, also if the machine has its file open still."""
-    if os.path.isdir(entry):
-        _detach_tree(f"{entry}/{name}")
-        if os.path.lexists(f"{entry}/{name}"):
-            os.unlink(f"{entry}/{name}")
-        os.rmdir(entry)
-
-
-def _detach_tree(target: str) -> None:
-    """Drops a share's whole tree with one call: sub-mounts came with it and go with it."""
-    try:
-        syscalls.umount(target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):
-            raise
+def _settings(share: Share) -> requests.LCOWMappedDirectory:
+    cache = "" if share.key.cache == DEFAULT_CACHE else share.key.cache
+    return requests.LCOWMappedDirectory(
+        share.mount_path, share_name=str(share.place), read_only=share.key.read_only, cache=cache
+    )
