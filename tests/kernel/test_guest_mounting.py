@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdfast.errors import HoldfastError, NotReleased
-from holdfast.guest import disk_mounts, disks, layers, mounting, shares
+from holdfast.guest import disk_mounts, disks, layers, mounting, shares, upper
 from holdfast.linux import syscalls
 from tests import leaks
 
@@ -30,18 +30,25 @@ class Faults:
 
     Attributes:
         mount_flags: mount(2) with any of these fails.
-        umount: whether umount2(2) fails.
+        umount, attributes: whether umount2(2) fails, and mount_setattr(2).
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.mount_flags = 0
-        self.umount = False
+        self.umount = self.attributes = False
+        self._set_attributes = syscalls.mount_setattr
+        monkeypatch.setattr(syscalls, "mount_setattr", self._do_set_attributes)
         self._mount, self._umount = syscalls.mount, syscalls.umount
         monkeypatch.setattr(syscalls, "mount", self._do_mount)
         monkeypatch.setattr(syscalls, "umount", self._do_umount)
 
     def heal(self) -> None:
-        self.mount_flags, self.umount = 0, False
+        self.mount_flags, self.umount, self.attributes = 0, False, False
+
+    def _do_set_attributes(self, *arguments: Any, **attributes: Any) -> None:
+        if self.attributes:
+            raise OSError(errno.EINVAL, "injected")
+        self._set_attributes(*arguments, **attributes)
 
     def _do_mount(self, source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
         if flags & self.mount_flags:
@@ -152,9 +159,9 @@ def test_a_propagation_that_fails(source, target, faults, option):
     assert contents(source) == CONTENTS
 
 
-def test_a_remount_that_fails(source, target, faults):
-    """A share that is to be read-only is bound first, and made so by a second call."""
-    faults.mount_flags = syscalls.MS_REMOUNT
+def test_a_share_that_cannot_be_made_read_only(source, target, faults):
+    """It is made so before it is anywhere."""
+    faults.attributes = True
     with pytest.raises(HoldfastError, match="injected"):
         add_share(target)
     assert not is_mounted(target)
@@ -164,7 +171,7 @@ def test_a_remount_that_fails(source, target, faults):
 
 def test_a_root_that_fails(source, target, faults, tmp_path, monkeypatch):
     """The memory for its mount points goes, too."""
-    monkeypatch.setattr(layers, "_PLACES", str(tmp_path / "places"))
+    monkeypatch.setattr(upper, "_PLACES", str(tmp_path / "places"))
     with pytest.raises(HoldfastError):
         add_root(target, source / "missing")
     assert not target.exists()
@@ -176,14 +183,18 @@ def test_a_root_that_fails(source, target, faults, tmp_path, monkeypatch):
     assert contents(source) == CONTENTS
 
 
-@pytest.mark.parametrize("add", ["disk", "share"])
-def test_what_cannot_be_undone_stays_as_it_is(source, target, faults, add):
+@pytest.mark.parametrize("kind", ["disk", "share"])
+def test_what_cannot_be_undone_stays_as_it_is(source, target, faults, kind):
     """Whoever removes a mount point that is still mounted, recursively, removes what is on the disk."""
-    faults.mount_flags, faults.umount = PROPAGATION | syscalls.MS_REMOUNT, True
-    with pytest.raises(NotReleased):
-        add_disk(target, "shared") if add == "disk" else add_share(target)
+    faults.umount = True
+    if kind == "disk":
+        faults.mount_flags = PROPAGATION
+        with pytest.raises(NotReleased):
+            add_disk(target, "shared")
+    else:
+        add_share(target)
     assert is_mounted(target)
-    remove = {"disk": disk_mounts, "share": shares}[add].remove
+    remove = {"disk": disk_mounts, "share": shares}[kind].remove
     settings = {"MountPath": str(target)}
     with pytest.raises(NotReleased):
         complete(remove(settings, CHILDREN))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from holdfast.guest import layers
+from holdfast.guest import layers, upper
 from holdfast.linux import syscalls
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _links_in_a_place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_LINKS", str(tmp_path / "links"))
+    monkeypatch.setattr(upper, "_LINKS", str(tmp_path / "links"))
 
 
 def combine(target: Path, folders: list[Path], scratch: Path | None = None) -> None:

@@ -14,13 +14,12 @@ import holdfast
 from holdfast.errors import GuestFailed, HoldfastError, InUse, NotFound, NotReleased, Unsupported
 from holdfast.guest.host import DEFAULT_LIMITS
 from holdfast.machine import cgroups
-from holdfast.pod import launch
 from holdfast.spec.default import default_mounts, spec_for_image
 from holdfast.storage.journal import Journal
 from tests.images import is_clean, make_bundle, make_disk
 from tests.kernel import namespace_pods
 from tests.vm import cli
-from tests.vm.support import BUSYBOX, assert_nothing_held, is_running, output, running, sh, start, wait_for_end
+from tests.vm.support import BUSYBOX, assert_nothing_held, holds, is_running, output, running, sh, start, wait_for_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -294,18 +293,13 @@ def test_scratch_grows_where_the_host_lets_us(shared_pod):
     script = "echo up; cat >/dev/null; df -k / | tail -n 1 | awk '{print $2}'"
     with start(shared_pod, script, name="g", stdin=True, scratch_bytes=32 << 20) as session:
         session.wait_for(b"up")
-        if _has(CAP_SYS_RESOURCE):
+        if holds(CAP_SYS_RESOURCE):
             shared_pod.grow_scratch("g", "64M")
         else:
             with pytest.raises(GuestFailed, match="Permission denied"):
                 shared_pod.grow_scratch("g", "64M")
         session.end_input()
         assert session.wait() == 0
-
-
-def _has(capability: int) -> bool:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
-    return bool(int(line.split()[1], 16) >> capability & 1)
 
 
 def test_traffic_is_counted(pod, disk):
@@ -328,13 +322,6 @@ def test_what_only_a_machine_has_is_refused(data, state_root, options, subject):
         holdfast.Pod(isolation="namespace", root=state_root, data=data, **options)
     assert (caught.value.code, caught.value.subject) == ("isolation-unsupported", subject)
     assert_nothing_held(state_root)
-
-
-def test_without_root_it_is_refused(data, state_root, monkeypatch):
-    monkeypatch.setattr(launch.os, "geteuid", lambda: 1000)
-    with pytest.raises(Unsupported) as caught:
-        new(state_root, data)
-    assert caught.value.code == "needs-root"
 
 
 @pytest.mark.parametrize("options", [{"verity": True}, {"encrypt_scratch": True}])
@@ -392,7 +379,7 @@ def test_a_limit_that_was_asked_for_is_not_lowered(shared_pod, tmp_path):
     """The runtime's refusal is the answer, on a host that does not let us raise it."""
     limit = {"type": "RLIMIT_NOFILE", "hard": 1048575, "soft": 1048575}
     bundle = make_bundle(tmp_path / "b", ["sh", "-c", "ulimit -n"], process={"rlimits": [limit]})
-    if _has(CAP_SYS_RESOURCE):
+    if holds(CAP_SYS_RESOURCE):
         assert output(shared_pod.run(bundle=bundle)) == "1048575\n"
     else:
         with pytest.raises(GuestFailed, match="rlimit"):

@@ -21,7 +21,7 @@ from holdfast.storage.attachments import Attachments, Disk
 from holdfast.storage.disk_formats import identity, needs_parent, plain, probe_format
 from holdfast.storage.disk_mounts import DiskMounts
 from holdfast.storage.journal import Journal
-from holdfast.storage.plan import mount_step
+from holdfast.storage.mount_plan import mount_step
 from holdfast.storage.survey import Source, look
 from tests.fakes import FakeSandbox, Faulty
 

@@ -29,6 +29,7 @@ from holdfast.spec.guest_requests import (
     LCOWMappedVPMemDevice,
     LCOWVPMemMappingInfo,
     ModifySettingRequest,
+    OverlaidMount,
     PodVolume,
     SCSIDevice,
     SecurityPolicyFragment,
@@ -185,6 +186,15 @@ OURS: list[tuple[Any, str, dict[str, Any]]] = [
             "Path": "/data",
         },
     ),
+    (
+        OverlaidMount("/run/mounts/volumes/m2", "/run/mounts/shares/m3", "/run/mounts/scsi/m2/overlays/m2"),
+        "OverlaidMount",
+        {
+            "MountPath": "/run/mounts/volumes/m2",
+            "Source": "/run/mounts/shares/m3",
+            "ScratchPath": "/run/mounts/scsi/m2/overlays/m2",
+        },
+    ),
 ]
 
 
@@ -289,8 +299,8 @@ def test_every_resource_type(name: str, guest_os: str) -> None:
 
 def test_the_resource_types_are_those_of_the_protocol() -> None:
     """And after them our own."""
-    assert RESOURCE_TYPES[-2:] == ("PodVolume", "ImageVolume")
-    assert RESOURCE_TYPES[:-2] == (
+    assert RESOURCE_TYPES[-3:] == ("PodVolume", "ImageVolume", "OverlaidMount")
+    assert RESOURCE_TYPES[:-3] == (
         "MappedDirectory", "SCSIDevice", "MappedVirtualDisk", "MappedVirtualDiskForContainerScratch", "WCOWBlockCims",
         "Network", "NetworkNamespace", "CombinedLayers", "CWCOWCombinedLayers", "VPMemDevice", "VPCIDevice",
         "ContainerConstraints", "HvSocket", "SecurityPolicy", "SecurityPolicyFragment", "PodCgroupMemoryLimit",

@@ -185,11 +185,93 @@ def test_a_directory_of_the_host_shared_by_hint(pod, tmp_path):
         assert (
             output(sh(pod, "cat /d/file; echo new > /d/../d/n", mounts=[below], annotations=hint)) == "from the host\n"
         )
-        assert (folder / "sub/n").read_text() == "new\n"
         assert output(sh(pod, "echo written > /d/new", mounts=[bind], annotations=hint)) == ""
         one.write(b"\n")
         assert one.wait() == 0
         assert one.output[STDOUT].endswith(b"written\n")
+    assert (folder / "sub/n").read_text() == "new\n"
+    assert_holds_nothing(pod)
+
+
+def test_what_others_write_in_a_directory_that_they_share_is_seen(pod, tmp_path):
+    """``share=shared``: then nothing of it is kept back in the guest, which costs the locks."""
+    bind = {"type": "bind", "source": str(tmp_path), "destination": "/d", "options": ["rbind"]}
+    script = "echo up; while read x; do cat /d/file; echo mine > /d/mine; echo done; done"
+    hint = of_the_host(tmp_path, "shared")
+    with start(pod, script, name="a", stdin=True, mounts=[bind], annotations=hint) as one:
+        one.wait_for(b"up")
+        for text in (b"one\n", b"two two\n"):
+            (tmp_path / "file").write_bytes(text)
+            one.write(b"\n")
+            one.wait_for(text + b"done\n")
+            assert (tmp_path / "mine").read_text() == "mine\n"
+        one.end_input()
+        assert one.wait() == 0
+
+
+def of_the_host(folder: Path, share: str = "pod") -> dict[str, str]:
+    """A hint of a directory of the host's."""
+    fields = {"source": str(folder), "type": "bind", "share": share}
+    return {f"dev.holdfast.mount.dir.{field}": value for field, value in fields.items()}
+
+
+WATCH = """
+import ctypes, fcntl, os, struct
+MODIFY, CREATE = 0x2, 0x100  # inotify(7)
+libc = ctypes.CDLL(None)
+watch = libc.inotify_init1(0)
+folder, file = libc.inotify_add_watch(watch, b"/d", CREATE), libc.inotify_add_watch(watch, b"/d/file", MODIFY)
+held, ranged = open("/d/lock", "w"), open("/d/range", "w")
+fcntl.flock(held, fcntl.LOCK_EX)
+fcntl.lockf(ranged, fcntl.LOCK_EX, 10, 5)
+print("up", flush=True)
+wanted = {(folder, CREATE), (file, MODIFY)}
+while wanted:
+    events = os.read(watch, 4096)
+    while events:
+        number, mask, _, length = struct.unpack_from("iIII", events)
+        wanted.discard((number, mask))
+        events = events[16 + length:]
+print(open("/d/file").read(), end="", flush=True)
+"""
+LOCKED = """
+import fcntl
+for name, lock in ("lock", fcntl.flock), ("range", lambda f, how: fcntl.lockf(f, how, 1, 7)):
+    try:
+        lock(open("/d/" + name, "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(name, "is locked")
+fcntl.lockf(open("/d/range", "a"), fcntl.LOCK_EX | fcntl.LOCK_NB, 5, 20)
+open("/d/file", "a").write("written\\n")
+open("/d/made", "w").close()
+"""
+
+
+def test_locks_inotify_and_pipes_in_a_directory_of_the_host(pod, tmp_path):
+    """One inode for all containers of the pod, in a machine too, where the host's files are served over 9p."""
+    folder = tmp_path / "dir"
+    folder.mkdir()
+    (folder / "file").touch()
+    os.mkfifo(folder / "pipe")
+    bind = {"type": "bind", "source": str(folder), "destination": "/d", "options": ["rbind"]}
+    options = {"env": HOST_PYTHON_ENV, "mounts": [HOST_USR, bind], "annotations": of_the_host(folder)}
+    request = container_request(
+        "watcher", pod.data, image=BUSYBOX, args=[*HOST_PYTHON, "-c", WATCH], stdio=Stdio(0, STDOUT, STDERR), **options
+    )
+    with Session(pod, "run", request) as one:
+        one.wait_for(b"up")
+        told = output(pod.run(BUSYBOX, [*HOST_PYTHON, "-c", LOCKED], **options))
+        assert told == "lock is locked\nrange is locked\n"
+        one.wait_for(b"written")
+        assert one.wait() == 0
+    only = {"mounts": [bind], "annotations": of_the_host(folder)}
+    with start(pod, "echo up; cat /d/pipe", name="reader", **only) as one:
+        one.wait_for(b"up")
+        assert output(sh(pod, "echo through > /d/pipe", **only)) == ""
+        assert one.wait() == 0
+        assert one.output[STDOUT] == b"up\nthrough\n"
+    # Nobody has it any more: all that was written is the host's.
+    assert ((folder / "file").read_text(), (folder / "made").exists()) == ("written\n", True)
     assert_holds_nothing(pod)
 
 
@@ -291,6 +373,33 @@ def image(data, tmp_path_factory):
     with leaks.long_lived():
         ImageStore(data).import_path(f"{made.layout}:v", "with-volumes")
     return "with-volumes"
+
+
+@pytest.fixture(scope="module")
+def linked_image(data, tmp_path_factory):
+    """An image in which three volumes are two places: one by a link, one by a link that what is missing is below."""
+    made = Umoci(tmp_path_factory.mktemp("linked"))
+
+    def fill(root: Path) -> None:
+        busybox_tree(root)
+        (root / "data").mkdir()
+        (root / "data/file").write_text("from the image\n")
+        os.symlink("data", root / "alias")
+
+    made.commit(fill)
+    volumes = ("/data", "/alias", "/alias/new", "/data/new")
+    made.configure(*(word for path in volumes for word in ("--config.volume", path)), "--config.cmd", "sh")
+    with leaks.long_lived():
+        ImageStore(data).import_path(f"{made.layout}:v", "with-linked-volumes")
+    return "with-linked-volumes"
+
+
+@pytest.mark.parametrize("options", [{}, {"read_only": True}])
+def test_volumes_that_are_links_to_one_place_are_one(shared_pod, linked_image, options):
+    script = "echo x > /alias/by-alias; echo y > /data/new/z; cat /data/by-alias /alias/new/z /data/file; ls /data"
+    result = shared_pod.run(linked_image, ["sh", "-c", script], **options)
+    assert output(result).split() == ["x", "y", "from", "the", "image", "by-alias", "file", "new"]
+    assert_holds_nothing(shared_pod)
 
 
 SEE = "cd /data; stat -c '%n %a %u %g %h' file sub pipe .; cat file sub/deep; readlink link; stat -c %Y sub"

@@ -14,7 +14,9 @@ import os
 import stat
 
 from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound, NotReleased
+from holdfast.guest import mount_points
 from holdfast.linux import syscalls
+from holdfast.linux.fds import OwnedFd
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.root import Root
 
@@ -120,6 +122,11 @@ class HotMounts:
         del self._mounts[key]
         return {}
 
+    def renumber(self, numbers: dict[str, int]) -> None:
+        """Mounts have been made anew, and the kernel has given them other numbers."""
+        for mount in self._mounts.values():
+            mount.mount_id = numbers.get(str(mount.mount_id), mount.mount_id)
+
     def _enter(self, container: str) -> tuple[int, int]:
         """Descriptors of a container's mount namespace and root."""
         pid = self._pid_of(container)
@@ -164,62 +171,44 @@ def _put(namespace: int, root_fd: int, tree: int, destination: bytes, directory:
                 syscalls.setns(namespace, syscalls.CLONE_NEWNS)
                 syscalls.move_mount(tree, "", target.fileno(), "", _EMPTY)
         except OSError as error:
-            _unmake(root, made)
+            mount_points.unmake(root, made)
             kind = "directory" if directory else "file"
             raise InvalidInput(
                 "mount in container", subject=text, why=f"{error.strerror} (errno {error.errno})",
                 code="mount-point", hint=f"a {kind} is to be mounted there: is the place one, and its folder writable?",
             ) from None  # fmt: skip
         except BaseException:
-            _unmake(root, made)
+            mount_points.unmake(root, made)
             raise
     return [os.fsdecode(path) for path in made]
 
 
-def _mount_point(root: Root, path: bytes, directory: bool, made: list[bytes]) -> Any:
+def _mount_point(root: Root, path: bytes, directory: bool, made: list[bytes]) -> OwnedFd:
     """Opens the mount point, made if it is missing.
 
     Raises:
         InUse: something is mounted there already.
     """
-    if directory:
-        target = root.mkdir_all(path, made=made)
-        above = os.open(b"..", os.O_PATH | os.O_CLOEXEC, dir_fd=target.fileno())
-    else:
-        head, name = path.rstrip(b"/").rpartition(b"/")[::2]
-        with root.mkdir_all(head, made=made) as folder:
-            above = os.dup(folder.fileno())
-        try:
-            if not root.exists(path):
-                root.create(path, 0o644).close()
-                made.append(head.strip(b"/") + b"/" + name)
-            target = root.resolve(path)
-        except BaseException:
-            os.close(above)
-            raise
+    target = mount_points.place(root, path, directory, made)
     try:
-        if _mount_id(target.fileno()) != _mount_id(above):
-            target.close()
+        with _above(root, target, path, directory) as above:
+            same = _mount_id(target.fileno()) == _mount_id(above.fileno())
+        if not same:
             raise InUse(
                 "mount in container", subject=os.fsdecode(path), why="something else is mounted there",
                 code="path-in-use",
             )  # fmt: skip
-    finally:
-        os.close(above)
+    except BaseException:
+        target.close()
+        raise
     return target
 
 
-def _unmake(root: Root, made: list[bytes]) -> None:
-    """Removes what was made to mount on, as far as it is empty; the rest is somebody's by now."""
-    for path in reversed(made):
-        try:
-            status = root.stat(path)
-            if stat.S_ISDIR(status.st_mode):
-                root.rmdir(path)
-            elif stat.S_ISREG(status.st_mode) and not status.st_size:
-                root.unlink(path)
-        except OSError:
-            return
+def _above(root: Root, target: OwnedFd, path: bytes, directory: bool) -> OwnedFd:
+    """The directory that a mount point is in: of a directory, where it really is; a file does not know."""
+    if directory:
+        return OwnedFd(os.open(b"..", os.O_PATH | os.O_CLOEXEC, dir_fd=target.fileno()))
+    return root.resolve(path.rstrip(b"/").rpartition(b"/")[0])
 
 
 def _find(pid: int, mount_id: int) -> bytes:
@@ -265,7 +254,7 @@ def _take(namespace: int, root_fd: int, mount: HotMount, path: bytes) -> None:
                 "unmount in container", subject=os.fsdecode(path), why=error, code="mount-busy",
                 hint="end the processes that have files open on it, then detach again",
             ) from None  # fmt: skip
-        _unmake(root, [os.fsencode(made) for made in mount.made])
+        mount_points.unmake(root, [os.fsencode(made) for made in mount.made])
 
 
 def _mount_id(fd: int) -> int:

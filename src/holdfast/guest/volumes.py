@@ -11,12 +11,12 @@ import os
 import stat
 
 from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound, Unsupported
-from holdfast.guest import disks, mounting
+from holdfast.guest import disks, mounting, shares
 from holdfast.guest import settings as settings_of
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
+from holdfast.mounts.release import drop, drop_below, remove_mount_point
 from holdfast.mounts.root import Root
-from holdfast.mounts.unmount import remove_mount_point, unmount, unmount_below
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 _MASTERS = "/run/mounts/masters"
 #: Name of a volume -> where it is mounted, and how it was made.
 _masters: dict[str, tuple[str, str, list[str]]] = {}
+#: Where a volume of an image is -> the root filesystem, and the place in it that it is filled from.
+_filled: dict[str, tuple[str, str]] = {}
 #: Type of a volume -> filesystem, mode of folders that are made in it.
 _TYPES = {
+    "disk": ("", 0o755),
     "tmpfs": ("tmpfs", 0o755),
     "sandbox": ("tmpfs", 0o777),
     "sandbox-tmp": ("tmpfs", 0o777),
@@ -52,10 +55,12 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
         return {"path": target}
     if kind == "share":
         master = settings_of.path(settings, "Name")
-        if not master.startswith("/run/mounts/shares/") or not os.path.ismount(master):
+        if not shares.is_shown(master):
             raise InvalidInput("add volume", subject=master, why="no share is there", code="volume-type")
     elif kind in _TYPES:
-        master = _master(settings_of.text(settings, "Name"), kind, [str(o) for o in settings.get("Options", ())])
+        options = [str(option) for option in settings.get("Options", ())]
+        disk = settings_of.path(settings, "Source") if kind == "disk" else ""
+        master = _master(settings_of.text(settings, "Name"), kind, options, disk)
     else:
         raise InvalidInput("add volume", subject=kind, why="unknown type", code="volume-type")
     _bind(master, sub_path, target, _TYPES[kind][1] if kind in _TYPES else -1)
@@ -63,19 +68,29 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
     yield
 
 
-def _master(name: str, kind: str, options: list[str]) -> str:
-    """Where a volume is mounted; mounts it for the first who wants it."""
+def _master(name: str, kind: str, options: list[str], disk: str) -> str:
+    """Where a volume is; makes it for the first who wants it: a mount, or a folder of a disk for it alone."""
     if name not in _masters:
-        where = f"{_MASTERS}/m{len(_masters)}"
+        where = f"{disk}/volume" if disk else f"{_MASTERS}/m{len(_masters)}"
         parsed = mount_options.parse(options)
-        with mounting.NewMount(where):
-            mounting.mount(name, where, _TYPES[kind][0], parsed.flags, parsed.data_text)
+        if disk:
+            _make_folder(where, dict(word.split("=", 1) for word in parsed.data))
+        else:
+            with mounting.NewMount(where):
+                mounting.mount(name, where, _TYPES[kind][0], parsed.flags, parsed.data_text)
         _masters[name] = (where, kind, options)
     where, *made = _masters[name]
     if made != [kind, options]:
         why = f"the pod has it as {made[0]} with options {','.join(made[1]) or 'none'}"
         raise InUse("use volume", subject=name, why=why, code="volume-conflict")
     return where
+
+
+def _make_folder(path: str, data: dict[str, str]) -> None:
+    """Makes the folder of a volume, with the owner and mode that a tmpfs of these options would have (tmpfs(5))."""
+    os.makedirs(path, exist_ok=True)  # there is one if its maker was not heard of
+    os.chown(path, int(data.get("uid", 0)), int(data.get("gid", 0)))
+    os.chmod(path, int(data.get("mode", "1777"), 8))
 
 
 def _bind(master: str, sub_path: str, target: str, mode: int) -> None:
@@ -108,11 +123,21 @@ def remove(settings: dict[str, Any], _children: Children) -> Task:
         if os.path.ismount(target):
             # What others have mounted in the volume is seen here too, and stays theirs.
             syscalls.mount("none", target, "", syscalls.MS_REC | syscalls.MS_PRIVATE)
-        unmount_below(target)
-        unmount(target)
+            _take_away(target)
         remove_mount_point(target)
+        _filled.pop(target, None)
     return {}
     yield
+
+
+def _take_away(target: str) -> None:
+    """Unmounts a view, by one call if nothing is below it: the mount table of many volumes is long."""
+    try:
+        syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW)
+    except OSError:
+        drop_below(target)
+    if os.path.ismount(target):
+        drop(target)
 
 
 def add_image(settings: dict[str, Any], children: Children) -> Task:
@@ -123,22 +148,31 @@ def add_image(settings: dict[str, Any], children: Children) -> Task:
     """
     target, source = settings_of.path(settings, "MountPath"), settings_of.text(settings, "Source")
     root, path = settings_of.path(settings, "ContainerRootPath"), settings_of.path(settings, "Path")
+    filled = {place: where for where, (of, place) in _filled.items() if of == root}
     with mounting.NewMount(target):
         if source:  # a folder on the disk for the container's own writes, and gone with that
             os.makedirs(source, 0o755)
             mounting.bind(source, target, read_only=False)
         else:
             mounting.mount("volume", target, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755")
-        yield from children.call(lambda: _copy(root, path, target))
+        place = yield from children.call(lambda: _fill(root, path, target, list(filled)))
+        if place in filled:  # two names of one place are one volume
+            drop(target)
+            mounting.bind(filled[place], target, read_only=False)
+        _filled[target] = (root, place)
     return {"path": target}
 
 
-def _copy(root_path: str, path: str, target: str) -> str:
-    from holdfast.mounts.copy_up import copy_up  # few pods need it
+def _fill(root_path: str, path: str, target: str, filled: list[str]) -> str:
+    """Copies what the image has into a volume, unless one is ``filled`` for that place; returns the place."""
+    from holdfast.mounts.copy_up import Volume, copy_up, resolve_volumes  # few pods need it
 
     target_fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with Root(root_path) as root:
-            return str(copy_up(root, path, target_fd))
+            [volume] = resolve_volumes(root, [Volume(path, path, (path,))])
+            if volume.path not in filled:
+                copy_up(root, path, target_fd)
+            return volume.path
     finally:
         os.close(target_fd)

@@ -57,6 +57,19 @@ class ImageConfig(Protocol):
     def stop_signal(self) -> str: ...
 
 
+class _NoConfig(msgspec.Struct, frozen=True):
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    user: str = ""
+    working_dir: str = ""
+    stop_signal: str = ""
+
+
+#: Of a root filesystem that came without an image: all that it wishes is said by the caller.
+NO_CONFIG: ImageConfig = _NoConfig()
+
+
 class ContainerSpec(msgspec.Struct, frozen=True):
     """A spec, and what of it only the guest can settle.
 

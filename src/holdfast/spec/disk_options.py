@@ -21,6 +21,8 @@ BLOCKDEV = "blockdev://"
 #: What people and QEMU call them -> what Holdfast does.
 FORMATS = {"raw": "raw", "qcow2": "qcow2", "vhd": "vhd", "vpc": "vhd", "vhdx": "vhdx"}
 ACCESS = ("group", "individual")
+#: What becomes of a mount in a copy of its pod: each has one of its own, all have the same one, or there are no copies.
+FORK = ("copy", "share", "deny")
 #: sd(4) has minor numbers for 15 partitions; the kernel gives further ones from another range, up to here.
 MOST_PARTITIONS = 256
 
@@ -32,12 +34,14 @@ class DiskOptions(Struct, frozen=True):
         disk_format: in place of the one that the file's signature says; empty for that.
         partition: from 1; 0 is the whole disk.
         access: ``group``, ``individual``, or empty for what follows from read-only.
+        fork: ``copy``, ``share``, ``deny``, or empty for what is safe.
         options: the others, as they were.
     """
 
     disk_format: str = ""
     partition: int = 0
     access: str = ""
+    fork: str = ""
     options: tuple[str, ...] = ()
 
 
@@ -60,6 +64,7 @@ def take(options: Iterable[str], subject: str) -> DiskOptions:
         FORMATS[found["format"]] if "format" in found else "",
         int(found.get("partition", 0)),
         found.get("access", ""),
+        found.get("fork", ""),
         tuple(others),
     )
 
@@ -74,6 +79,8 @@ def check(name: str, value: str, subject: str) -> None:
         right, expected = value in FORMATS, ", ".join(FORMATS)
     elif name == "access":
         right, expected = value in ACCESS, ", ".join(ACCESS)
+    elif name == "fork":
+        right, expected = value in FORK, ", ".join(FORK)
     elif name == "partition":
         number = value.isascii() and value.isdecimal() and len(value) < 4
         right, expected = number and 0 < int(value) <= MOST_PARTITIONS, "a number from 1"

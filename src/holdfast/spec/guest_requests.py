@@ -10,7 +10,7 @@ What ``Settings`` are depends on the guest's operating system, which the message
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct, field
@@ -31,6 +31,9 @@ from holdfast.spec.host_documents import (
 )
 from holdfast.spec.host_documents import scsi_resource_path as scsi_resource_path
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 GuestOs = Literal["linux", "windows"]
 RequestType = Literal["Add", "Remove", "PreAdd", "Update"]
 #: All that the protocol has; not all of them have a shape here.
@@ -38,7 +41,7 @@ ResourceType = Literal[
     "MappedDirectory", "SCSIDevice", "MappedVirtualDisk", "MappedVirtualDiskForContainerScratch", "WCOWBlockCims",
     "Network", "NetworkNamespace", "CombinedLayers", "CWCOWCombinedLayers", "VPMemDevice", "VPCIDevice",
     "ContainerConstraints", "HvSocket", "SecurityPolicy", "SecurityPolicyFragment", "PodCgroupMemoryLimit",
-    "PodVolume", "ImageVolume",
+    "PodVolume", "ImageVolume", "OverlaidMount",
 ]  # fmt: skip
 RESOURCE_TYPES: tuple[str, ...] = get_args(ResourceType)
 FilterType = Literal["WCIFS", "UnionFS"]
@@ -184,8 +187,8 @@ class LCOWMappedVPCIDevice(Shape, frozen=True):
 class PodVolume(Shape, frozen=True):
     """A container's view of a volume that the pod's containers share.  Not in the protocol of others.
 
-    ``type`` is ``tmpfs``, ``sandbox``, ``sandbox-tmp``, ``hugepages`` or ``uvm``; ``options`` are the volume's, and
-    count for who makes it.
+    ``type`` is ``tmpfs``, ``sandbox``, ``sandbox-tmp``, ``hugepages``, ``uvm``, ``share`` or ``disk``: a folder of what
+    is mounted at ``source``.  ``options`` are the volume's, and count for who makes it.
     """
 
     mount_path: str = ""
@@ -193,6 +196,7 @@ class PodVolume(Shape, frozen=True):
     type: str = ""
     options: tuple[str, ...] = ()
     sub_path: str = ""
+    source: str = ""
 
 
 class ImageVolume(Shape, frozen=True):
@@ -205,6 +209,17 @@ class ImageVolume(Shape, frozen=True):
     source: str = ""
     container_root_path: str = ""
     path: str = ""
+
+
+class OverlaidMount(Shape, frozen=True):
+    """What is at ``source`` shown at another path, where it can be written to and stays.  Not in others' protocol.
+
+    ``scratch_path`` is the folder to be made for what is written; without one that is in memory.
+    """
+
+    mount_path: str = ""
+    source: str = ""
+    scratch_path: str = ""
 
 
 class ConfidentialOptions(Shape, frozen=True):
@@ -227,7 +242,8 @@ class SecurityPolicyFragment(Shape, frozen=True):
 Settings = (
     LCOWMappedVirtualDisk | SCSIDevice | LCOWMappedDirectory | LCOWCombinedLayers | LCOWMappedVPMemDevice
     | LCOWMappedVPCIDevice | WCOWMappedVirtualDisk | WCOWMappedVirtualDiskForContainerScratch | WCOWMappedDirectory
-    | PodVolume | ImageVolume | WCOWCombinedLayers | CWCOWCombinedLayers | ConfidentialOptions | SecurityPolicyFragment
+    | PodVolume | ImageVolume | OverlaidMount | WCOWCombinedLayers | CWCOWCombinedLayers | ConfidentialOptions
+    | SecurityPolicyFragment
 )  # fmt: skip
 
 #: ``ResourceType`` on the wire -> the shape of its ``Settings`` for a Linux guest, ...
@@ -240,6 +256,7 @@ RESOURCES: dict[str, type[Settings]] = {
     "VPCIDevice": LCOWMappedVPCIDevice,
     "PodVolume": PodVolume,
     "ImageVolume": ImageVolume,
+    "OverlaidMount": OverlaidMount,
     "SecurityPolicy": ConfidentialOptions,
     "SecurityPolicyFragment": SecurityPolicyFragment,
 }
@@ -338,6 +355,15 @@ def encode(request: GuestRequest | ModifySettingRequest) -> dict[str, Any]:
     if request.guest_request:
         message["GuestRequest"] = encode(request.guest_request)
     return message
+
+
+def encode_all(request_type: RequestType, many: Sequence[Settings]) -> dict[str, Any]:
+    """One request for many things of one kind, which is not in the protocol of others: ``Settings`` is a list.
+
+    The answer is ``{"results": [...]}``: for each what it would have been alone, or ``{"error": ...}``.
+    """
+    name = _NAMES[type(many[0])]
+    return {"ResourceType": name, "RequestType": request_type, "Settings": msgspec.to_builtins(list(many))}
 
 
 def decode(message: object, guest_os: str = "linux") -> GuestRequest:

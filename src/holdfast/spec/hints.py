@@ -87,15 +87,9 @@ class Hint(Struct, frozen=True, omit_defaults=True):
 
     @property
     def size_bytes(self) -> int:
-        """The limit of a tmpfs; 0 if it is not said, or said in per cent."""
+        """The limit of what is the pod's own; 0 if it is not said, or said in per cent of the memory."""
         size = hint_options.terms(self.options).data.get("size", 0)
         return size if isinstance(size, int) else 0
-
-    @property
-    def size_percent(self) -> int:
-        """The limit of a tmpfs in per cent of the pod's memory; 0 if it is not said so."""
-        size = hint_options.terms(self.options).data.get("size", 0)
-        return int(size.removesuffix("%")) if isinstance(size, str) else 0
 
 
 class Hints(Struct, frozen=True):

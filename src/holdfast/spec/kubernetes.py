@@ -165,14 +165,17 @@ def volumes_to_find(annotations: Mapping[str, str]) -> dict[str, str]:
     return {name: f"{PODS}/{glob.escape(uid)}/volumes/*/{glob.escape(name)}" for name in names} if uid else {}
 
 
-def with_sources(annotations: Mapping[str, str], seen: Mapping[str, SeenVolume]) -> dict[str, str]:
+def with_sources(
+    annotations: Mapping[str, str], seen: Mapping[str, SeenVolume], known: Sequence[Hint] = ()
+) -> dict[str, str]:
     """A copy of ``annotations`` in which hints of volumes have their sources, and emptyDirs what they become.
 
     An emptyDir that is empty is the pod's alone, and becomes a tmpfs, in memory or on disk.  One that is not empty
     was filled, or is going to be, by somebody outside (a CSI driver), and stays the host's directory.
 
     Args:
-        seen: by volume, for all of :func:`volumes_to_find`.
+        seen: by volume, for all of :func:`volumes_to_find` that are not known.
+        known: the pod's hints: what an emptyDir became for the pod's first container it is for all.
 
     Raises:
         NotFound: ``volume-not-found``.
@@ -180,7 +183,12 @@ def with_sources(annotations: Mapping[str, str], seen: Mapping[str, SeenVolume])
     """
     filled = dict(annotations)
     fields = _fields(annotations)
+    hints = {hint.name: hint for hint in known}
     for name in volumes_to_find(annotations):
+        if hint := hints.get(name):
+            for field, value in (("source", hint.source), ("type", hint.kind), ("share", hint.share)):
+                _set(filled, name, field, value, fields[name]["type"])
+            continue
         volume = seen.get(name, SeenVolume())
         prefix = fields[name]["type"]
         key, value = _key(prefix, name, "type"), annotations[_key(prefix, name, "type")]
@@ -222,10 +230,7 @@ def mounts_as_annotated(annotations: Mapping[str, str], mounts: Iterable[Mount])
     for mount in mounts:
         path = volume_path(mount.source) if mount.kind == "bind" else None
         kind = types.get(path.volume) if path and not path.inside else None
-        if kind == "tmpfs":
-            options = tuple(option for option in mount.options if option not in ("bind", "rbind"))
-            mount = msgspec.structs.replace(mount, type="tmpfs", options=options)
-        changed.append(mount)
+        changed.append(_as_tmpfs(mount) if kind == "tmpfs" else mount)
     return tuple(changed)
 
 
@@ -245,6 +250,20 @@ def shm_hint(mounts: Iterable[Mount], hints: Iterable[Hint] = (), *, size_bytes:
     if source == SHM or any(hint.source == source for hint in hints):  # the host's own is no pod's
         return None
     return Hint(SHM_HINT, source, "tmpfs", "pod", ("mode=1777", f"size={size_bytes}"))
+
+
+def shm_in_memory(mounts: Iterable[Mount], hints: Iterable[Hint]) -> tuple[Mount, ...]:
+    """``mounts``, those of the pod's ``/dev/shm`` as what they become: the engine binds it, which would mean a disk."""
+    source = next((hint.source for hint in hints if hint.name == SHM_HINT), "")
+    return tuple(
+        _as_tmpfs(mount) if source and mount.kind == "bind" and clean_path(mount.source) == source else mount
+        for mount in mounts
+    )
+
+
+def _as_tmpfs(mount: Mount) -> Mount:
+    options = tuple(option for option in mount.options if option not in ("bind", "rbind"))
+    return msgspec.structs.replace(mount, type="tmpfs", options=options)
 
 
 def _fields(annotations: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -34,16 +34,19 @@ _ALIASES = {
     "tmpfs-size": "size",
     "tmpfs-mode": "mode",
 }
-_DISK_KEYS = ("format", "partition", "access", "mount", "bind-propagation", "options")
+#: A writable overlay over the mount, whose source stays as it is: podman's ``:O``.
+OVERLAY = "overlay"
+_DISK_KEYS = ("format", "partition", "access", "fork", "mount", "bind-propagation", "options", "overlay")
 _TYPE_KEYS: dict[str, tuple[str, ...]] = {
     "disk": _DISK_KEYS,
     "physical-disk": _DISK_KEYS,
-    "bind": ("bind-propagation", "bind-nonrecursive", "cache"),
+    "bind": ("bind-propagation", "bind-nonrecursive", "cache", "fork", "overlay"),
+    "volume": ("fork", "overlay"),
     "tmpfs": ("size", "mode", "tmpcopyup", "notmpcopyup"),
 }
 #: How a guest may cache what is bound: ``none``, ``mmap`` (the default) or ``loose`` (as if nobody else wrote).
 CACHE_MODES = ("none", "mmap", "loose")
-_WITHOUT_VALUE = (*FLAG_NAMES, "bind-nonrecursive", "tmpcopyup", "notmpcopyup")
+_WITHOUT_VALUE = (*FLAG_NAMES, OVERLAY, "bind-nonrecursive", "tmpcopyup", "notmpcopyup")
 
 
 def parse_mount(text: str, *, cwd: str, option: str = "--mount", destination_needed: bool = True) -> JsonObject:
@@ -111,9 +114,13 @@ def parse_volume(text: str, *, cwd: str, option: str = "-v") -> JsonObject:
             keys["bind-nonrecursive"] = ""
         elif word in ("ro", "rw") or word in FLAG_NAMES:
             keys[word] = ""
+        elif word == "O":
+            keys[OVERLAY] = ""
+        elif word.partition("=")[0] in ("upperdir", "workdir"):
+            raise _wrong(subject, f"{word}: what is written goes with the container", "O alone, without it")
         # z and Z ask for a new SELinux label: a share is relabelled by nobody, so there is nothing to do.
         elif word not in ("rbind", "z", "Z"):
-            raise _wrong(subject, f"unknown option {word!r}", "ro, rw, nosuid, nodev, noexec, rprivate, rslave...")
+            raise _wrong(subject, f"unknown option {word!r}", "ro, rw, O, nosuid, nodev, noexec, rprivate, rslave...")
     if kind == "volume":
         keys.pop("bind-propagation", None)
     return {
@@ -222,11 +229,13 @@ def _options(kind: str, keys: dict[str, str], subject: str) -> list[str]:
                 raise _wrong(subject, f"cache={cache}", f"it is one of {', '.join(CACHE_MODES)}")
             options.append(f"cache={cache}")
     options.append(_access(kind, keys, subject))
-    options += [key for key in keys if key in FLAG_NAMES]
+    options += [key for key in keys if key == OVERLAY or key in FLAG_NAMES]
     if kind == "tmpfs":
         options += _tmpfs_options(keys, subject)
     if kind in ("disk", "physical-disk"):
         options += _disk_options(keys, subject)
+    if kind in ("bind", "volume"):
+        options += _for_holdfast(("fork",), keys, subject)
     return options
 
 
@@ -237,11 +246,16 @@ def _disk_options(keys: dict[str, str], subject: str) -> list[str]:
         if propagation not in PROPAGATION_NAMES:
             raise _wrong(subject, f"propagation={propagation}", f"it is one of {', '.join(PROPAGATION_NAMES)}")
         options.append(propagation)
-    for name in ("format", "partition", "access"):
-        if name in keys:
-            disk_options.check(name, keys[name], subject)
-            options.append(f"{disk_options.PREFIX}{name}={keys[name]}")
+    options += _for_holdfast(("format", "partition", "access", "fork"), keys, subject)
     return options + split(keys.get("options", ""))
+
+
+def _for_holdfast(names: tuple[str, ...], keys: dict[str, str], subject: str) -> list[str]:
+    """Those of these that are given, as options of a mount."""
+    given = [name for name in names if name in keys]
+    for name in given:
+        disk_options.check(name, keys[name], subject)
+    return [f"{disk_options.PREFIX}{name}={keys[name]}" for name in given]
 
 
 def _access(kind: str, keys: dict[str, str], subject: str) -> str:

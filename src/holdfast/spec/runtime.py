@@ -10,6 +10,7 @@ where a null and an absent key decode alike, and some write null for an empty li
 
 from __future__ import annotations
 
+import functools
 import posixpath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -229,6 +230,7 @@ class Spec(Record, frozen=True):
     windows: Windows = Windows()
 
 
+@functools.lru_cache(maxsize=1024)  # planning asks a dozen times for each mount's
 def clean_path(path: str) -> str:
     """``path`` as an absolute one without ``.``, ``..`` and doubled slashes; ``..`` stops at the root."""
     # normpath keeps exactly two leading slashes, which POSIX leaves to the implementation.

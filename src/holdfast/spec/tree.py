@@ -116,10 +116,6 @@ class Tree(Struct, frozen=True):
     mounts: tuple[TreeMount, ...]
     warnings: tuple[str, ...] = ()
 
-    def at(self, target: str) -> TreeMount | None:
-        """The mount at exactly this place."""
-        return next((mount for mount in self.mounts if mount.target == target), None)
-
     def raw_mounts(self, raw: Sequence[JsonObject]) -> list[JsonObject]:
         """The list for the document, from the one that the tree was made of; keys that no record knows are kept.
 

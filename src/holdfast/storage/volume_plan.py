@@ -12,12 +12,13 @@ import msgspec
 from holdfast.errors import InvalidInput
 from holdfast.spec.annotations import EXACT_HINTS, TMP
 from holdfast.spec.annotations import flag as annotation_flag
-from holdfast.spec.hints import Hint, check_compatible, check_restated, match, parse_hints
+from holdfast.spec.hints import Hint, backing, check_compatible, check_restated, match, parse_hints
 from holdfast.spec.tree import TMP_POLICIES, TmpPolicy, container_tree, parse_source, tmp_mount
+from holdfast.storage.scratch import DEFAULT_BYTES, MIN_BYTES, whole_blocks
 from holdfast.storage.steps import FillVolume, Rewrite, UseVolume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from holdfast.spec.runtime import Mount, Spec
     from holdfast.spec.tree import Tree
@@ -60,13 +61,13 @@ def of_the_pod(index: int, mount: Mount) -> UseVolume | None:
     return UseVolume(f"m{index}", source.volume, source.kind, source.options, source.path)
 
 
-def pod_hints(spec: Spec, known: tuple[Hint, ...]) -> tuple[tuple[Hint, ...], tuple[Hint, ...]]:
-    """The hints of the pod once a container has joined it, and those that the container says itself.
+def pod_hints(annotations: Mapping[str, str], known: tuple[Hint, ...]) -> tuple[tuple[Hint, ...], tuple[Hint, ...]]:
+    """The hints of the pod once a container has joined it, and those that the container's annotations say.
 
     Raises:
         InvalidInput: an annotation is wrong, or contradicts what the pod has.
     """
-    found = parse_hints({key: str(value) for key, value in spec.annotations.items()}).hints
+    found = parse_hints(annotations).hints
     taken = {hint.name for hint in known} | {hint.source for hint in known}
     check_restated(known, [hint for hint in found if hint.name in taken or hint.source in taken])
     return (*known, *(hint for hint in found if hint.name not in taken and hint.source not in taken)), found
@@ -86,15 +87,33 @@ def hinted(spec: Spec, mount: Mount, hints: Iterable[Hint]) -> tuple[Hint, str] 
     return found
 
 
-def shared_volume(index: int, hint: Hint, sub_path: str) -> UseVolume:
-    """The step for a mount whose hint says that it is in memory."""
-    options = tuple(option for option in hint.master_options if not option.startswith("cache="))
-    return UseVolume(f"m{index}", hint.source, "tmpfs", options, sub_path)
+def shared_volume(
+    index: int, mount: Mount, hint: Hint, sub_path: str, kinds: Mapping[str, str], *, encrypted: bool
+) -> UseVolume:
+    """The step for a mount whose hint says that it is the pod's own, in memory or on a disk.
+
+    Args:
+        kinds: of the volumes that the pod has: where one is kept, its first user has decided.
+        encrypted: whether what the container writes to a disk is to be.
+    """
+    kind = kinds.get(hint.source) or ("disk" if backing(hint, mount) == "disk" else "tmpfs")
+    if kind != "disk":
+        return UseVolume(f"m{index}", hint.source, kind, hint.master_options, sub_path)
+    # Flags hold for each view, which must be as strict as the hint; of the rest, these are what a folder has.
+    options = tuple(option for option in hint.master_options if option.partition("=")[0] in ("mode", "uid", "gid"))
+    size_bytes = whole_blocks(max(hint.size_bytes or DEFAULT_BYTES, MIN_BYTES))
+    return UseVolume(f"m{index}", hint.source, kind, options, sub_path, size_bytes, encrypted)
 
 
 def shared_directory(mount: Mount, hint: Hint) -> Mount:
-    """What is to be shared for a mount whose hint says that it is a directory: that of the hint, as the hint says."""
+    """What is to be shared for a mount whose hint says that it is a directory: that of the hint, as the hint says.
+
+    Over 9p a file is one thing to all containers, for locks and inotify, only where the guest caches it ("loose"):
+    else Linux makes a new inode each time one is looked up.  So it is where nobody else writes to it.
+    """
     kept = [option for option in hint.options if option != "bind"]
+    if hint.exclusive and not any(option.startswith("cache=") for option in kept):
+        kept.append("cache=loose")
     return msgspec.structs.replace(mount, source=hint.source, type="bind", options=("rbind", *kept))
 
 
