@@ -24,6 +24,13 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(module, "_SETTLE_SECONDS", 0)
 
 
+@pytest.fixture(autouse=True)
+def data(monkeypatch, tmp_path):
+    """A data folder with nothing in it, so that nothing of others' is taken for old."""
+    monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
 @pytest.fixture
 def state_root(state_root):
     yield state_root
@@ -61,7 +68,7 @@ def run(capsys, *argv: str):
 
 def test_nothing_at_all(state_root, capsys):
     assert run(capsys, "audit") == (0, {"clean": True, "findings": []})
-    assert run(capsys, "gc") == (0, {"collected": [], "findings": []})
+    assert run(capsys, "gc") == (0, {"collected": [], "findings": [], "freed": []})
     assert run(capsys, "ps") == (0, [])
     assert os.listdir(state_root) == [], "a look makes nothing"
 
@@ -97,7 +104,7 @@ def test_a_pod_that_is_being_started_is_left_alone(state_root, capsys):
         make_pod(journal, "p", recorded=False)
         with alive(journal, "p"):
             assert found(state_root) == []
-            assert run(capsys, "gc") == (0, {"collected": [], "findings": []})
+            assert run(capsys, "gc") == (0, {"collected": [], "findings": [], "freed": []})
     assert (state_root / "pods" / "p").is_dir()
 
 
@@ -177,6 +184,21 @@ def test_for_people(state_root, capsys):
     assert "holdfast gc" in err
     assert main(["gc"]) == 0
     assert capsys.readouterr().out == "let go of pod p\nlet go of lease /d.raw of pod p\n"
+    assert main(["gc"]) == 0
+    assert capsys.readouterr().out == "there was nothing to let go of\n"
+
+
+def test_what_was_left_half_made_and_copies_of_what_is_gone(state_root, data, capsys):
+    """No finding of an audit, for nobody's storage is at stake; gc removes it, and says how much that was."""
+    for name in ("templates/.abc1.new-dead", "guests/ab12"):
+        (data / name).mkdir(parents=True)
+        (data / name / "file").write_bytes(b"x" * 8000)
+    assert run(capsys, "audit") == (0, {"clean": True, "findings": []})
+    status, answer = run(capsys, "gc")
+    assert status == 0
+    freed = [(one["kind"], one["object"], one["bytes"] >= 8000) for one in answer["freed"]]
+    assert freed == [("leftover", "abc1", True), ("guest", "ab12", True)]
+    assert [path.name for path in (data / "templates").iterdir()] == []
     assert main(["gc"]) == 0
     assert capsys.readouterr().out == "there was nothing to let go of\n"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 
-from holdfast.cli import guests, images, storage
+from holdfast.cli import images, storage, templates
 from holdfast.cli import output as shown
 from holdfast.cli.main import main
 from holdfast.cli.output import Output
@@ -156,15 +157,28 @@ def test_there_is_no_guest_yet(tmp_path, capsys):
 def test_templates(tmp_path, capsys):
     where = ("--data", str(tmp_path))
     assert main(["template", "list", *where]) == 0
-    assert capsys.readouterr().out.split() == ["TEMPLATE", "ACCELERATOR", "MEMORY", "CPUS", "ON", "DISK", "GUEST"]
-    for key in ("abc1", "abd2", ".abc1.lock"):
+    columns = ["TEMPLATE", "MACHINE", "MEMORY", "CPUS", "ON DISK", "STATE", "USED BY"]
+    assert re.split(r" {2,}", capsys.readouterr().out.strip()) == columns
+    for key in ("abc1", "abd2"):
         (tmp_path / "templates" / key).mkdir(parents=True)
-    assert guests._key(tmp_path, "abc") == "abc1"
+    (tmp_path / "templates" / ".abc1.lock").touch()
+    assert templates.find_key(tmp_path, "abc") == "abc1"
     with pytest.raises(InvalidInput, match="abc1, abd2"):
-        guests._key(tmp_path, "ab")
+        templates.find_key(tmp_path, "ab")
     for name in ("", "x", ".abc"):
         with pytest.raises(NotFound):
-            guests._key(tmp_path, name)
+            templates.find_key(tmp_path, name)
+    assert main(["template", "remove", "abd", "x", *where]) == 125, (
+        "nothing is done if something is wrong with the line"
+    )
+    capsys.readouterr()
+    assert main(["template", "list", "--json", *where]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(one["key"], one["stale"], one["used_by"]) for one in listed] == [
+        ("abc1", "it has no record", []), ("abd2", "it has no record", []),
+    ]  # fmt: skip
     assert main(["template", "remove", "abd", *where]) == 0
     assert capsys.readouterr().out == "abd2\n"
     assert sorted(path.name for path in (tmp_path / "templates").iterdir()) == [".abc1.lock", "abc1"]
+    assert main(["template", "remove", "--stale", *where]) == 0
+    assert list((tmp_path / "templates").iterdir()) == []

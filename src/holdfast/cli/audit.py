@@ -15,8 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from holdfast.cli import output as shown
 from holdfast.cli.pods import ask
+from holdfast.cli.templates import machines
 from holdfast.errors import HoldfastError, NotFound
+from holdfast.machine import upkeep
+from holdfast.machine.upkeep import Freed
+from holdfast.pod import templates
 from holdfast.pod.client import Client
 from holdfast.storage.journal import Journal
 
@@ -65,8 +70,8 @@ def audit(_command: AuditOptions, line: CommandLine, output: Output) -> int:
 
 
 def collect(_command: GcOptions, line: CommandLine, output: Output) -> int:
-    """``gc``: lets go of what it may, prints that; 1 if anything is left."""
-    root = Path(line.root)
+    """``gc``: lets go of what it may, removes what no pod will start from, prints both; 1 if anything is left."""
+    root, data = Path(line.root), Path(line.data)
     found = [finding for finding in find(root) if finding.collectable]
     for finding in found:
         if finding.kind == "process":
@@ -77,13 +82,21 @@ def collect(_command: GcOptions, line: CommandLine, output: Output) -> int:
             for name in sorted(names):
                 journal.collect(name)
     left = find(root)
+    pods = machines(root, data)
+    guests = {pod.guest for pod in pods} | templates.guests(data)
+    freed = upkeep.collect(data, {pod.template for pod in pods}, guests)
+    freed += [Freed("leftover", name, "its builder is dead", size) for name, size in templates.sweep(data)]
     if output.json:
-        output.data({"collected": [one for one in found if one not in left], "findings": left})
+        output.data({"collected": [one for one in found if one not in left], "findings": left, "freed": freed})
     else:
         for finding in found:
             if finding not in left:
                 output.line(f"let go of {finding.kind} {finding.object}" + _of(finding))
-        if not found:
+        for one in freed:
+            output.line(f"removed {one.kind} {one.object}, {shown.size(one.bytes)}: {one.why}")
+        if freed:
+            output.line(f"{shown.size(sum(one.bytes for one in freed))} are free again")
+        if not found and not freed:
             output.line("there was nothing to let go of")
         if left:
             _table(left, output)

@@ -6,8 +6,12 @@ The root is a read-only disk, so everything that changes lives on tmpfs.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+from time import CLOCK_REALTIME
 
+from holdfast.errors import InvalidInput
+from holdfast.guest import files
 from holdfast.linux import syscalls
 from holdfast.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS_SHARED
 
@@ -23,6 +27,8 @@ _MOUNTS = (
     ("mqueue", "/dev/mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
 )
+#: What the kernel's generator is seeded with: 256 bits (drivers/char/random.c, BLAKE2S_HASH_SIZE).
+_LEAST_ENTROPY = 32
 
 
 def mount_system() -> None:
@@ -73,21 +79,29 @@ def find_port(name: str) -> str:
     return ""
 
 
-def refresh_identity(time_ns: int, entropy: bytes, hostname: str) -> None:
-    """Makes a clone its own: clock, kernel random numbers, host name, machine id.
+def refresh_identity(time_ns: int, entropy: bytes, hostname: str) -> dict[str, str]:
+    """Makes a clone its own: clock, kernel random numbers, host name, machine id, boot id; returns the last three.
 
     ``RNDADDENTROPY`` credits the bytes, ``RNDRESEEDCRNG`` makes the kernel's generator use them at once
-    (random(4)); both streams of two clones differ from here on.
-    """
-    import fcntl
-    import struct
-    from time import CLOCK_REALTIME
+    (random(4)); both streams of two clones differ from here on.  The boot id is made of them when it is first read,
+    and nothing reads it before.
 
+    Raises:
+        InvalidInput: that is too little to be made unique by.
+        OSError: the kernel refuses; the machine is not to be used.
+    """
+    if len(entropy) < _LEAST_ENTROPY or not hostname:
+        raise InvalidInput("make unique", why=f"no host name, or less than {_LEAST_ENTROPY} random bytes")
     syscalls.clock_settime(CLOCK_REALTIME, time_ns)
-    with open("/dev/urandom", "wb", buffering=0) as device:
-        fcntl.ioctl(device, 0x40085203, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+    device = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        sizes = (len(entropy) * 8).to_bytes(4, "little") + len(entropy).to_bytes(4, "little")
+        fcntl.ioctl(device, 0x40085203, sizes + entropy)
         fcntl.ioctl(device, 0x5207)
-    with open("/proc/sys/kernel/hostname", "w") as file:
-        file.write(hostname)
-    with open("/run/machine-id", "w") as file:
-        file.write(os.urandom(16).hex() + "\n")
+    finally:
+        os.close(device)
+    files.write("/proc/sys/kernel/hostname", hostname.encode())
+    machine_id = os.urandom(16).hex()
+    files.write("/run/machine-id", f"{machine_id}\n".encode())
+    boot_id = files.read("/proc/sys/kernel/random/boot_id").strip()
+    return {"hostname": os.uname().nodename, "machine_id": machine_id, "boot_id": boot_id}
