@@ -13,8 +13,9 @@ import pytest
 
 from holdfast.errors import NotReleased
 from holdfast.linux import syscalls
-from holdfast.mounts import Mount, table, unmount, unmount_all, unmount_recursive
+from holdfast.mounts import Mount, release, remove_mount_point, table, unmount, unmount_all, unmount_recursive
 from holdfast.mounts import mount as make
+from holdfast.mounts.release import drop, drop_below
 from tests import leaks
 
 if TYPE_CHECKING:
@@ -266,3 +267,110 @@ def test_umount8_says_the_same_of_the_same(tmp_path, records):
     subprocess.run(["umount", str(target)], check=True)
     assert not unmount(str(target), records=records)
     assert not os.path.exists(records)
+
+
+# -- for an agent: all that is stacked, at once -------------------------------------------------------
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "target"
+    path.mkdir()
+    return path
+
+
+def stack(path: Path, times: int = 1) -> None:
+    for _ in range(times):
+        syscalls.mount("none", str(path), "tmpfs", data="size=64k")
+
+
+def is_mounted(path: Path) -> bool:
+    return str(path) in where()
+
+
+def test_drop(target):
+    stack(target)
+    drop(str(target))
+    assert not is_mounted(target)
+    drop(str(target))
+
+
+def test_drop_where_nothing_is(tmp_path):
+    drop(str(tmp_path / "nosuch"))
+    drop(str(tmp_path / "nosuch/below"))
+
+
+def test_drop_all_that_is_stacked(target):
+    stack(target, 3)
+    drop(str(target))
+    assert not is_mounted(target)
+
+
+def test_as_many_as_may_be(target):
+    stack(target, release._MOST_STACKED)
+    drop(str(target))
+    assert not is_mounted(target)
+
+
+def test_more_than_may_be_is_not_taken_for_done(target):
+    stack(target, release._MOST_STACKED + 2)
+    with pytest.raises(NotReleased, match="stacked"):
+        drop(str(target))
+    assert is_mounted(target)
+    drop(str(target))
+    assert not is_mounted(target)
+
+
+def test_drop_says_who_holds_it_at_once(target):
+    stack(target)
+    with open(target / "file", "w"):
+        with pytest.raises(NotReleased, match="busy") as failure:
+            drop(str(target))
+        assert failure.value.code == "mount-busy"
+        assert f"process {os.getpid()}" in failure.value.why
+        assert failure.value.retryable
+        assert is_mounted(target)
+    drop(str(target))
+    assert not is_mounted(target)
+
+
+def test_drop_follows_no_link(target, tmp_path):
+    stack(target)
+    (tmp_path / "link").symlink_to(target)
+    drop(str(tmp_path / "link"))
+    assert is_mounted(target)
+    drop(str(target))
+
+
+def test_remove_a_mount_point(target):
+    remove_mount_point(str(target))
+    assert not target.exists()
+    remove_mount_point(str(target))
+
+
+def test_what_is_mounted_is_not_removed(target):
+    stack(target)
+    (target / "file").write_text("kept")
+    with pytest.raises(NotReleased):
+        remove_mount_point(str(target))
+    assert (target / "file").read_text() == "kept"
+    (target / "file").unlink()
+    with pytest.raises(NotReleased, match="busy"):  # empty, and a mount all the same
+        remove_mount_point(str(target))
+    drop(str(target))
+
+
+def test_what_is_in_it_is_not_removed(target):
+    (target / "file").write_text("kept")
+    with pytest.raises(NotReleased, match="not empty"):
+        remove_mount_point(str(target))
+    assert os.listdir(target) == ["file"]
+
+
+def test_drop_below(target):
+    stack(target)
+    for name in ("a", "a/b", "c"):
+        tmpfs(target / name)
+    drop_below(str(target) + "/")
+    assert [path for path in where() if path.startswith(str(target))] == [str(target)]
+    drop(str(target))

@@ -9,16 +9,18 @@ mounts.  Whatever ends the agent, the kernel ends every process of the pod and u
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import HoldfastError, MachineFailed, NotReleased, ProtocolError, TimedOut, Unsupported
-from holdfast.linux import syscalls
+from holdfast.errors import HoldfastError, InUse, MachineFailed, NotReleased, ProtocolError, TimedOut, Unsupported
+from holdfast.linux import disk_locks, syscalls
 from holdfast.machine.console import Console
-from holdfast.machine.loops import Loop
 from holdfast.machine.process import FIRST_FD, Child
+from holdfast.mounts import loop as loops
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ _TELL_SECONDS = 10.0
 _DETACH_SECONDS = 5.0
 #: Nothing tells when a loop device has let go of its file.
 _POLL_SECONDS = 0.001
+_BLKSSZGET = 0x1268  # <linux/fs.h>
 _START = "import sys; sys.path[:] = {path!r}; from holdfast.guest.host import main; main()"
 
 
@@ -49,7 +52,7 @@ class NamespaceSandbox:
         self._agent: Connection
         self._console: Console
         self._watcher: asyncio.Task[None] | None = None
-        self._loops: dict[Slot, Loop] = {}
+        self._loops: dict[Slot, loops.Loop] = {}
 
     @property
     def pid(self) -> int:
@@ -83,7 +86,7 @@ class NamespaceSandbox:
             )  # fmt: skip
         if slot in self._loops:
             raise MachineFailed("plug disk", subject=slot, why="a disk is in the slot", code="slot-taken")
-        loop = self._loops[slot] = Loop(disk_fd, read_only=read_only)
+        loop = self._loops[slot] = _attach(disk_fd, read_only=read_only, block_device=block_device)
         try:
             place = {"controller": slot.controller, "lun": slot.lun, "name": loop.name}
             await self.request("disk", place, _TELL_SECONDS)
@@ -107,11 +110,11 @@ class NamespaceSandbox:
         loop = self._loops.get(slot)
         if loop is None:
             return
-        loop.let_go()
+        loop.close()
         if not await _gone([loop]):
             raise NotReleased(
-                "detach disk", subject=slot, why=f"something on the host still uses {loop.path}", code="disk-busy",
-                hint=f"fuser -v {loop.path} says what; then detach again",
+                "detach disk", subject=slot, why=f"something on the host still uses {loop.device}", code="disk-busy",
+                hint=f"fuser -v {loop.device} says what; then detach again",
             )  # fmt: skip
         self._loops.pop(slot, None)
 
@@ -162,7 +165,7 @@ class NamespaceSandbox:
     async def _drop_disks(self) -> None:
         loops = list(self._loops.values())
         for loop in loops:
-            loop.let_go()
+            loop.close()
         # The kernel unmounts what a namespace had when its last process is gone, and a moment later.
         await _gone(loops)
         self._loops.clear()
@@ -176,7 +179,7 @@ class NamespaceSandbox:
         await asyncio.shield(self._child.exited)
         error = self.describe_death()
         for loop in self._loops.values():
-            loop.let_go()
+            loop.close()
         self._fail(error)
 
     async def start(self, argv: list[str], log: str, agent_end: socket.socket, fds: list[int]) -> None:
@@ -200,7 +203,33 @@ class NamespaceSandbox:
         self._watcher = asyncio.create_task(self._watch())
 
 
-async def _gone(loops: list[Loop]) -> bool:
+def _attach(disk_fd: int, *, read_only: bool, block_device: bool) -> loops.Loop:
+    """A loop device over an open disk, locked as QEMU would lock it: machines, and pods of other state roots, count.
+
+    Raises:
+        InUse: a machine, or a pod of another state root, has the file open in a way that does not go together.
+        Unsupported, Exhausted: the host has no loop device for us.
+        MachineFailed: the kernel refused it; with its own text.
+    """
+    path = os.readlink(f"/proc/self/fd/{disk_fd}")
+    try:
+        disk_locks.share(disk_fd, read_only=read_only)
+    except BlockingIOError:
+        raise InUse(
+            "open disk", subject=path, why="a machine, or a pod of another state root, has it open", code="disk-in-use"
+        ) from None
+    try:
+        # What is read of a file is kept for all pods that read it; of a device, one copy in memory is enough.
+        # Partition tables count in the device's own sectors.
+        block_bytes = struct.unpack("=I", fcntl.ioctl(disk_fd, _BLKSSZGET, bytes(4)))[0] if block_device else 0
+        return loops.attach_fd(
+            disk_fd, path, read_only=read_only, direct_io=block_device, partitions=True, block_bytes=block_bytes
+        )
+    except OSError as error:
+        raise MachineFailed("attach disk", subject=path, why=error, code="loop-failed") from None
+
+
+async def _gone(loops: list[loops.Loop]) -> bool:
     """Waits until the kernel has let go of loop devices; False if it has not after a while."""
     deadline = asyncio.get_running_loop().time() + _DETACH_SECONDS
     while any(loop.attached for loop in loops):

@@ -10,18 +10,13 @@ Runs in the guest too, and imports only what is used::
 
 from __future__ import annotations
 
-from holdfast.mounts.unmount import remove_mount_point as remove_mount_point
-
-# That module (unmounting for the guest: no records, no waiting) has the name of the function of the library.  It is
-# loaded by now and stays importable; the name is for the function, which is loaded when it is used.
-del globals()["unmount"]
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from holdfast.mounts.model import Mount as Mount
     from holdfast.mounts.mounting import mount as mount
     from holdfast.mounts.mounting import mount_all as mount_all
     from holdfast.mounts.release import recover as recover
+    from holdfast.mounts.release import remove_mount_point as remove_mount_point
     from holdfast.mounts.release import unmount as unmount
     from holdfast.mounts.release import unmount_all as unmount_all
     from holdfast.mounts.release import unmount_recursive as unmount_recursive
@@ -35,6 +30,7 @@ _HOMES = {
     "mount": "mounting",
     "mount_all": "mounting",
     "recover": "release",
+    "remove_mount_point": "release",
     "temporary": "temporary",
     "unmount": "release",
     "unmount_all": "release",

@@ -14,7 +14,7 @@ from holdfast.linux import syscalls as sys_
 from holdfast.linux.fds import OwnedFd
 from holdfast.mounts import features, helper, idmap, loop, making, overlay, probe, records, request, table
 from holdfast.mounts.making import Place, Refused
-from holdfast.mounts.records import DEFAULT_FOLDER
+from holdfast.mounts.release import DEFAULT_FOLDER
 from holdfast.mounts.root import Root
 
 TYPE_CHECKING = False

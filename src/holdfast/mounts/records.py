@@ -27,14 +27,13 @@ from holdfast.errors import Corrupt, HoldfastError, NotReleased
 from holdfast.linux import syscalls
 from holdfast.linux.fds import OwnedFd
 from holdfast.mounts import loop, overlay, table
-from holdfast.mounts.unmount import remove_mount_point
+from holdfast.mounts.release import remove_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-DEFAULT_FOLDER = "/run/holdfast-mounts"
 _MOST_BYTES = 64 << 10
 _VERSION = 1
 #: A draft that is older has no writer any more, in seconds.

@@ -2,7 +2,10 @@
 
 ``""``, a path that is not there and one on which nothing is mounted are no errors, so that whatever failed half way is
 simply tried again.  What is busy is waited for, a bounded time, and then the error says who holds it.  Nothing here
-deletes anything but empty directories.
+deletes anything but empty mount points.
+
+Two ways to call it: :func:`unmount`, :func:`unmount_all` and :func:`unmount_recursive` are the library's;
+:func:`drop` and :func:`drop_below` are for an agent, which keeps no records and may not wait.
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ import time
 
 from holdfast.errors import HoldfastError, InvalidInput, NotReleased
 from holdfast.linux import syscalls
-from holdfast.mounts import helper, holders, table
-from holdfast.mounts.records import DEFAULT_FOLDER, all_in, any_in, remove_drafts, settle, settle_within
+from holdfast.mounts import table
 
+#: Records of mounts; see records.py, which is not loaded by who keeps none.
+DEFAULT_FOLDER = "/run/holdfast-mounts"
 #: How long something busy is waited for: security scanners and the like look and go.
 WAIT_S = 2.5
 _PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.1
 #: More mounts than this stacked on one path is a mistake, not a use.
-_MOST_STACKED = 1000
+_MOST_STACKED = 128
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -32,7 +36,7 @@ def unmount(target: str, *, lazy: bool = False, wait_s: float = WAIT_S, records:
         target: where; a link is not followed.
         lazy: take it away with all below it, at once, also if somebody uses it: they keep it until they let go.
         wait_s: how long to wait while it is busy, in seconds.
-        records: folder that was named when it was mounted.
+        records: folder that was named when it was mounted; empty if it has none.
 
     Returns:
         Whether there was one.
@@ -106,8 +110,54 @@ def unmount_recursive(
         if len(left) >= len(entries):
             break
         entries = left  # what was stacked under others, or has come meanwhile
-    _report([*failed.values(), *settle_within(records, path)])
+    errors = [*failed.values()]
+    if records:
+        from holdfast.mounts.records import settle_within
+
+        errors += settle_within(records, path)
+    _report(errors)
     return found
+
+
+def drop(target: str) -> None:
+    """Takes away all that is stacked on ``target``, at once; not mounted, or not there, is success.
+
+    Raises:
+        NotReleased: somebody still uses it (``mount-busy``); the same call may succeed later.
+    """
+    unmount_all(target, wait_s=0.0, records="")
+
+
+def drop_below(target: str) -> None:
+    """Takes away what is mounted below ``target``, the deepest first, not ``target`` itself.
+
+    A container with the right to mount leaves such things, where its mounts are shared with what they were made from.
+
+    Raises:
+        NotReleased: somebody still uses it.
+    """
+    for entry in reversed(table.within(target.rstrip("/"))):
+        if entry.target != target.rstrip("/"):
+            drop(entry.target)
+
+
+def remove_mount_point(target: str) -> None:
+    """Removes an empty mount point, a folder or a file: what is still mounted there stays untouched.
+
+    Raises:
+        NotReleased: it is not empty, or still a mount point.
+    """
+    try:
+        try:
+            os.rmdir(target)
+        except NotADirectoryError:
+            if os.path.ismount(target) or os.lstat(target).st_size:
+                raise
+            os.unlink(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise NotReleased("remove mount point", subject=target, why=error, code="mount-busy") from None
 
 
 def recover(records: str = DEFAULT_FOLDER) -> list[str]:
@@ -122,6 +172,8 @@ def recover(records: str = DEFAULT_FOLDER) -> list[str]:
     Raises:
         NotReleased: some of it could not be undone; the rest was.
     """
+    from holdfast.mounts.records import all_in, remove_drafts
+
     done = []
     errors: list[HoldfastError] = []
     for record in all_in(records, errors):
@@ -166,7 +218,7 @@ def _take(target: str, lazy: bool, wait_s: float) -> bool:
         except OSError as error:
             if error.errno in _GONE or not _is_mount(target):
                 return False
-            if error.errno == errno.EPERM and os.geteuid() and helper.unmount_as_user(target):
+            if error.errno == errno.EPERM and os.geteuid() and _by_helper(target):
                 return True
             if error.errno != errno.EBUSY:
                 raise NotReleased("unmount", subject=target, why=_why(error), code="mount-kept") from error
@@ -176,6 +228,12 @@ def _take(target: str, lazy: bool, wait_s: float) -> bool:
             raise _busy(target)
         time.sleep(min(pause, deadline - now))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _by_helper(target: str) -> bool:
+    from holdfast.mounts import helper
+
+    return helper.unmount_as_user(target)
 
 
 def _is_mount(target: str) -> bool:
@@ -192,6 +250,8 @@ def _why(error: OSError) -> str:
 
 
 def _busy(target: str) -> NotReleased:
+    from holdfast.mounts import holders
+
     who = holders.describe(canonical(target))
     return NotReleased(
         "unmount", subject=target, code="mount-busy",
@@ -201,8 +261,11 @@ def _busy(target: str) -> NotReleased:
 
 
 def _settle(target: str, folder: str) -> None:
-    if any_in(folder):
-        settle(folder, canonical(target))
+    if folder:
+        from holdfast.mounts.records import any_in, settle
+
+        if any_in(folder):
+            settle(folder, canonical(target))
 
 
 def _report(errors: list[HoldfastError]) -> None:

@@ -6,7 +6,8 @@ import os
 
 from holdfast.mounts import mounting, release
 from holdfast.mounts.model import Mount
-from holdfast.mounts.records import DEFAULT_FOLDER, Record
+from holdfast.mounts.records import Record
+from holdfast.mounts.release import DEFAULT_FOLDER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.errors import Corrupt, Exhausted, HoldfastError, InUse, InvalidInput, NotFound, NotReleased, TimedOut
+from holdfast.linux import disk_locks
 from holdfast.spec.sizes import parse_size
 from holdfast.storage.disk_formats import identity
 from holdfast.storage.journal import Journal
@@ -221,11 +222,10 @@ def _tenant(journal: Journal) -> tuple[str, int]:
 
 
 def _lock_whole(fd: int, path: str) -> None:
-    """Locks a disk as QEMU does (fcntl(2), open file description locks): so pods of other state roots count, too."""
-    whole = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+    """Pods of other state roots count, too."""
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
-    except (BlockingIOError, PermissionError):
+        disk_locks.claim(fd)
+    except BlockingIOError:
         raise InUse(
             "lock volume", subject=path, why="a machine has it open, of a pod of another state root perhaps",
             code="volume-in-use",
