@@ -8,7 +8,9 @@ that what is expected of a restore is what was mounted.  It says of every mount 
 ``host``     on the host, and not in what is saved: at a restore the same thing must be there, or the pod would go on
              with files that are not those which it has open
 
-A host's thing is the same if device and inode are; its path may have changed.
+A host's thing is the same if device and inode are; its path may have changed.  In a record that is to outlive a restart
+of the host (:mod:`holdfast.pod.saving`) device numbers mean nothing: of a shared directory ``device`` is then its
+filesystem's id, of a file that is followed by its name both are 0, and so they are of a disk, told by its contents.
 """
 
 from __future__ import annotations
