@@ -27,7 +27,7 @@ from holdfast.storage.journal import Journal
 from holdfast.storage.steps import MountLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import bookkeeping, copy_up, mounts, namespace
+from bench import bookkeeping, copy_up, fork, mounts, namespace, run_parts, shares
 
 HERE = Path(__file__).resolve().parent
 RESULTS: list[dict[str, Any]] = []
@@ -288,7 +288,12 @@ def main() -> None:
         copy_up.measure(report, Path(folder))
         with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir="/run") as state:
             namespace.measure(report, Path(state), data)
-        containers(bench, busybox_image(bench))
+        image = busybox_image(bench)
+        containers(bench, image)
+        with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir="/run") as state:
+            run_parts.measure(report, say, Path(state), data, image)
+        shares.measure(report, Path(folder), data, image)
+        fork.measure(report, Path(folder), data, image)
         image_import()
     table()
 

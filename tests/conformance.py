@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from holdfast.errors import Exhausted, HoldfastError, InUse, InvalidInput, NotReleased
+from holdfast.storage.description import describe
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
 from holdfast.storage.steps import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from holdfast.machine.sandbox import Sandbox
-    from holdfast.storage.engine import Held
+    from holdfast.storage.held import Held
     from holdfast.storage.steps import AnyStep
 
     Factory = Callable[[str], AbstractAsyncContextManager[Sandbox]]
@@ -224,7 +225,7 @@ class EngineConformance:
             assert held.paths["root"] == "/run/gcs/c/a/rootfs"
             assert len(set(held.paths.values())) == 7
             assert len(await pod.sandbox.plugged()) == 4
-            described = pod.engine.describe()
+            described = describe(pod.engine)
             assert [a["kind"] for a in described["attachments"]].count("layer") == 2
             assert {a["slot"] for a in described["attachments"]} == {"0:0", "0:1", "0:2", "0:3"}
             assert all(a["holders"] == ["a"] and len(a["guest_paths"]) == 1 for a in described["attachments"])
@@ -240,14 +241,14 @@ class EngineConformance:
             first = await pod.prepare("a", UseVolume("m0", "shared", "tmpfs", ("size=1m",)))
             second = await pod.prepare("b", UseVolume("m0", "shared", "tmpfs", ("size=1m",), "a/folder"))
             assert first.paths != second.paths
-            [volume] = pod.engine.describe()["volumes"]
+            [volume] = describe(pod.engine)["volumes"]
             assert (volume["volume"], volume["holders"]) == ("shared", ["a", "b"])
             with pytest.raises(InUse) as failure:
                 await pod.prepare("c", UseVolume("m0", "shared", "tmpfs", ("size=2m",)))
             assert failure.value.code == "volume-conflict"
             await pod.engine.release("a")
             await pod.engine.release("b")
-            [volume] = pod.engine.describe()["volumes"]
+            [volume] = describe(pod.engine)["volumes"]
             assert volume["guest_paths"] == []
             await pod.expect_nothing()
 

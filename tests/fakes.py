@@ -124,6 +124,17 @@ class FakeSandbox:
         self._check_alive()
         if method != "modify":
             raise InvalidInput("answer request", subject=method, why="unknown", code="unknown-request")
+        if isinstance(params["Settings"], list):
+            return {"results": [self._one_of_many({**params, "Settings": each}) for each in params["Settings"]]}
+        return self._modify(params)
+
+    def _one_of_many(self, params: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._modify(params)
+        except HoldfastError as error:
+            return {"error": error.as_dict()}
+
+    def _modify(self, params: dict[str, Any]) -> Any:
         request = requests.decode(params)
         handler = getattr(self, f"_{request.request_type.lower()}_{type(request.settings).__name__.lower()}")
         return handler(request.settings)

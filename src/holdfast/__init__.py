@@ -1,7 +1,7 @@
 """Holdfast: OCI containers inside small virtual machines, their storage held and let go exactly once.
 
-``holdfast.run``, ``holdfast.Pod``, ``holdfast.Result`` and ``holdfast.volumes`` are imported when they are first used:
-the agent in a guest imports this package too, and has no use for them.
+``holdfast.run``, ``holdfast.restore``, ``holdfast.Pod``, ``holdfast.Result`` and ``holdfast.volumes`` are imported when
+they are first used: the agent in a guest imports this package too, and has no use for them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from holdfast.api import Pod as Pod
     from holdfast.api import Result as Result
+    from holdfast.api import restore as restore
     from holdfast.api import run as run
     from holdfast.api import volumes as volumes
     from holdfast.errors import HoldfastError as HoldfastError
 
 __version__ = "0.1.0"
-__all__ = ["HoldfastError", "Pod", "Result", "run", "volumes"]
+__all__ = ["HoldfastError", "Pod", "Result", "restore", "run", "volumes"]
 
 
 def __getattr__(name: str) -> object:

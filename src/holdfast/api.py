@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import HoldfastError, ProtocolError, TimedOut, from_dict
+from holdfast.errors import HoldfastError, InvalidInput, ProtocolError, TimedOut, from_dict
+from holdfast.linux.places import default_data, default_state
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
-from holdfast.pod.launch import launch
+from holdfast.pod.launch import check_new, launch
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest, Stdio
+from holdfast.pod.snapshot import Snapshot
 from holdfast.spec.bundle import Bundle
-from holdfast.spec.default import ContainerSpec, customise, spec_for_image
+from holdfast.spec.default import NO_CONFIG, ContainerSpec, customise, spec_for_image
 from holdfast.spec.disk_options import BLOCKDEV
 from holdfast.spec.mounts import add_mounts, parse_mount
 from holdfast.spec.pmem import COUNT, DEFAULT_DEVICES, PmemLimits, check_limits
@@ -49,6 +52,10 @@ START_SECONDS = 300.0
 #: Of a pod that writes back: its monitor ends a guest that does nothing, so this is a last resort.
 _REMOVE_SECONDS = 900
 _END_SECONDS = 5.0
+#: Copying a disk of the user's may take as long as this.
+_FREEZE_SECONDS = 3600.0
+#: Characters of a pod's name that the names of its forks begin with.
+_STEM = 32
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -65,13 +72,13 @@ class Result(msgspec.Struct, frozen=True):
 
 
 def state_root(root: str | Path | None = None) -> Path:
-    """``root``, else ``$HOLDFAST_ROOT``, else ``/run/holdfast``."""
-    return Path(root or os.environ.get("HOLDFAST_ROOT") or "/run/holdfast").absolute()
+    """``root``, else ``$HOLDFAST_ROOT``, else ``/run/holdfast``, or ``$XDG_RUNTIME_DIR/holdfast`` as a user."""
+    return Path(root or os.environ.get("HOLDFAST_ROOT") or default_state()).absolute()
 
 
 def data_folder(data: str | Path | None = None) -> Path:
-    """``data``, else ``$HOLDFAST_DATA``, else ``/var/lib/holdfast``."""
-    return Path(data or os.environ.get("HOLDFAST_DATA") or "/var/lib/holdfast").absolute()
+    """``data``, else ``$HOLDFAST_DATA``, else ``/var/lib/holdfast``, or ``$XDG_DATA_HOME/holdfast`` as a user."""
+    return Path(data or os.environ.get("HOLDFAST_DATA") or default_data()).absolute()
 
 
 def container_request(
@@ -80,6 +87,7 @@ def container_request(
     *,
     image: str = "",
     bundle: str | Path | None = None,
+    rootfs: str | Path | None = None,
     args: Sequence[str] = (),
     entrypoint: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
@@ -98,9 +106,10 @@ def container_request(
     devices: Sequence[str] = (),
     stdio: Stdio | None = None,
 ) -> ContainerRequest:
-    """What a monitor is asked to run, from an image or a bundle; nothing is started.
+    """What a monitor is asked to run, from an image, a bundle or a root filesystem; nothing is started.
 
     Args:
+        rootfs: a folder of the host that is the container's root filesystem; it writes there.
         verity: every block of the image is checked by dm-verity when it is read.
         encrypt_scratch: what the container writes is encrypted by the guest, with a key that is nowhere else.
         reuse_scratch: it writes to one scratch disk with the pod's other containers that say so; the first one's
@@ -123,6 +132,12 @@ def container_request(
             annotations=annotations, read_only=read_only,
         )  # fmt: skip
         root = _bundle_root(loaded, made, scratch_bytes)
+    elif rootfs is not None:
+        made = spec_for_image(
+            NO_CONFIG, args=args, entrypoint=entrypoint, env=env, cwd=cwd, user=user, hostname=hostname or name,
+            terminal=bool(terminal), annotations=annotations, read_only=read_only,
+        )  # fmt: skip
+        root = DirectoryRoot(os.path.abspath(rootfs), read_only)
     else:
         from holdfast.image.store import ImageStore
 
@@ -138,7 +153,7 @@ def container_request(
         trees = {layer.disk: layer.verity for layer in found.layers}
     root = protect(
         root, Protection(verity, encrypt_scratch, reuse_scratch), made.raw.get("annotations") or {}, trees,
-        image or str(bundle),
+        image or str(bundle or rootfs),
     )  # fmt: skip
     if devices:
         windows = made.raw["windows"] = dict(made.raw.get("windows") or {})
@@ -146,7 +161,7 @@ def container_request(
     add_mounts(made.raw, [parse_mount(m, cwd=os.getcwd()) if isinstance(m, str) else m for m in mounts])
     if bundle is not None:
         _absolute_sources(made.raw, Path(bundle).absolute())
-    return ContainerRequest(name, made.raw, root, made.user or "", image or str(bundle), stdio or Stdio())
+    return ContainerRequest(name, made.raw, root, made.user or "", image or str(bundle or rootfs), stdio or Stdio())
 
 
 def _bundle_root(bundle: Bundle, made: ContainerSpec, scratch_bytes: int) -> LayeredRoot | DirectoryRoot:
@@ -193,7 +208,8 @@ class Pod:
             asked for then, and one never takes the place of the other.
         memory: guest RAM, as bytes or text such as ``"256M"``.
         cpus: virtual processors.
-        template: ``"none"`` boots a machine of its own instead of starting from the saved one.
+        template: name of one that :meth:`make_template` made: the pod goes on from there, its machine is that one's;
+            ``"none"`` boots a machine of its own instead of starting from the saved one.
         writable_shares: whether containers may get shares of the host that they can write to.
         pmem: how much persistent memory containers may have their layers in, if they ask for it; True is the default.
         ports: with places for assigned devices.
@@ -230,13 +246,35 @@ class Pod:
             writable_shares, _pmem_limits(pmem), ports,
         )  # fmt: skip
         self._detached = detached
-        self._client = launch(request)
+        if template in (None, "none"):
+            self._client = launch(request)
+        else:
+            self._client = _launch_from(template, request)
         self._client.on_say = say or (lambda _text: None)
+        self._wait_for_start()
+
+    def _wait_for_start(self) -> None:
         try:
             self._client.request("start", {}, START_SECONDS)
         except BaseException as error:
+            if self._detached:  # it waits to be asked, and nobody else knows of it yet
+                with contextlib.suppress(HoldfastError):
+                    self.remove()
             self._abandon()
             raise self._better(error) from None
+
+    @classmethod
+    def _launch(cls, name: str, snapshot: Snapshot, root: Path, data: Path, *, detached: bool) -> Pod:
+        """A pod that goes on from a snapshot, before it has started."""
+        record = snapshot.record()
+        pod = cls.__new__(cls)
+        pod.name, pod.root, pod.data, pod._detached = name, root, data, detached
+        request = PodRequest(
+            name, str(root), str(data), memory_bytes=record.machine.memory_bytes, cpus=record.machine.cpus,
+            ephemeral=not detached, writable_shares=record.writable_shares,
+        )  # fmt: skip
+        pod._client = launch(request, snapshot)
+        return pod
 
     @classmethod
     def open(cls, name: str, *, root: str | Path | None = None, data: str | Path | None = None) -> Pod:
@@ -265,6 +303,7 @@ class Pod:
         *,
         name: str | None = None,
         bundle: str | Path | None = None,
+        rootfs: str | Path | None = None,
         mounts: Iterable[str | dict[str, Any]] = (),
         stdin: bytes | None = None,
         detach: bool = False,
@@ -274,7 +313,7 @@ class Pod:
         """Runs a container to its end (or starts it, with ``detach``) and returns what it left.
 
         Args:
-            image: name of an imported image; or give ``bundle``.
+            image: name of an imported image; or give ``bundle``, or ``rootfs`` and ``args``.
             args: the command; empty for the image's own.
             mounts: as ``--mount`` takes them, or runtime-spec objects.
             stdin: bytes for its standard input.
@@ -287,8 +326,8 @@ class Pod:
         """
         stdio = Stdio(detach=True) if detach else _stdio(stdin)
         request = container_request(
-            name or f"c-{secrets.token_hex(4)}", self.data, image=image, bundle=bundle, args=args, mounts=mounts,
-            stdio=stdio, **options,
+            name or f"c-{secrets.token_hex(4)}", self.data, image=image, bundle=bundle, rootfs=rootfs, args=args,
+            mounts=mounts, stdio=stdio, **options,
         )  # fmt: skip
         return self._complete("run", msgspec.structs.replace(request, ends_pod=ends_pod), stdin, detach)
 
@@ -386,6 +425,87 @@ class Pod:
         """What the pod is and what runs in it."""
         return msgspec.convert(self._client.request("inspect", {}), PodInfo)
 
+    # -- copies -------------------------------------------------------------------------------
+
+    def fork(self, n: int = 1, *, names: Sequence[str] = (), detached: bool = False) -> list[Pod]:
+        """New pods that go on from where this one is: its processes, memory, disks and volumes, at one moment.
+
+        This pod stands still for some milliseconds and goes on unchanged.  What it writes to from now on, and what each
+        new pod writes to, is its own; disks and layers that are only read are shared.  What processes print goes to the
+        new pods' logs.
+
+        Args:
+            n: how many.
+            names: of the new pods; those that are missing are made up.
+            detached: they outlive this process.
+
+        Raises:
+            Unsupported: something that the pod holds cannot be copied safely; the error names it and says why.
+            HoldfastError: one could not be started; none of them is left.
+        """
+        given = list(names)
+        stem = self.name[:_STEM]  # a fork of a fork of a fork has no longer name than one of them
+        given += [f"{stem}-{secrets.token_hex(4)}" for _ in range(n - len(given))]
+        for name in given:
+            check_new(self.root, name)
+        pods: list[Pod] = []
+        with self._snapshot() as snapshot:
+            try:
+                for name in given:
+                    pods.append(Pod._launch(name, snapshot, self.root, self.data, detached=detached))
+                for pod in pods:
+                    pod._wait_for_start()
+            except BaseException:
+                for pod in pods:
+                    with contextlib.suppress(HoldfastError):
+                        # The one that did not start has closed its connection, and a detached one waits to be asked.
+                        (Pod.open(pod.name, root=self.root, data=self.data) if pod._client.closed else pod).remove()
+                raise
+        return pods
+
+    def save(self, path: str | Path, *, stop: bool = False) -> None:
+        """Writes the pod as it is at one moment to a file, from which :func:`restore` goes on: also after a restart.
+
+        This pod goes on; what it can write to is in the file, what it only reads is named there.
+
+        Args:
+            path: of a file that is replaced, or not there yet; it is there when it is complete.
+            stop: the pod ends when it is saved.
+
+        Raises:
+            Unsupported: something that the pod holds cannot be copied safely; the error names it and says why.
+            InvalidInput: no file can be made there.
+            Exhausted: there is no room for it.
+        """
+        from holdfast.pod import saving
+
+        with saving.NewFile(Path(path).absolute()) as new, self._snapshot() as snapshot:
+            saving.save(snapshot, new, self.data)
+        if stop:
+            self.remove()
+
+    def make_template(self, name: str) -> None:
+        """Saves the pod as it is at one moment for ``Pod(template=name)`` to go on from, in no time.
+
+        This pod goes on.  See :meth:`save`; the files stay where they are, for all pods that start from it.
+
+        Raises:
+            InUse: there is one of that name.
+            Unsupported: something that the pod holds cannot be copied safely; the error names it and says why.
+            Exhausted: there is no room for it.
+        """
+        from holdfast.pod import templates
+
+        with templates.making(self.data, name) as folder, self._snapshot() as snapshot:
+            templates.save(snapshot, folder, self.data, name)
+
+    def _snapshot(self) -> Snapshot:
+        with Client.connect(self.root, self.name) as client:
+            answer = client.request("freeze", {}, _FREEZE_SECONDS)
+            snapshot = Snapshot.of_process(answer["pid"], answer["fds"])
+            client.request("thawed", {})
+        return snapshot
+
     # -- end ----------------------------------------------------------------------------------
 
     def remove(self) -> None:
@@ -442,6 +562,38 @@ class Pod:
         return error
 
 
+def _launch_from(template: str, request: PodRequest) -> Client:
+    """Starts a pod from a template that holds what runs.
+
+    Raises:
+        InvalidInput: another machine was asked for than the one that it is.
+    """
+    from holdfast.pod import templates
+
+    with templates.snapshot_of(Path(request.data), template) as snapshot:
+        record = snapshot.record()
+        machine = record.machine
+        memory_bytes, cpus, plain = machine.memory_bytes, machine.cpus, PodRequest("", "", "")
+        asked = (
+            (request.memory_bytes not in (memory_bytes, plain.memory_bytes), f"{memory_bytes >> 20}M of memory"),
+            (request.cpus not in (cpus, plain.cpus), f"{cpus} processors"),
+            (request.isolation != "vm", "a machine"),
+            (bool(request.pmem.count) or (request.ports and not machine.expandable), "no places for devices"),
+            (not request.writable_shares and record.writable_shares, "a right to writable shares"),
+        )
+        for is_other, what in asked:
+            if is_other:
+                raise InvalidInput(
+                    "start pod", subject=f"template {template}", why=f"it has {what}", code="template-differs",
+                    hint="leave out what says otherwise",
+                )  # fmt: skip
+        request = msgspec.structs.replace(
+            request, memory_bytes=memory_bytes, cpus=cpus, ports=False, writable_shares=record.writable_shares,
+            template=template,
+        )  # fmt: skip
+        return launch(request, snapshot)
+
+
 def _pmem_limits(pmem: PmemLimits | bool) -> PmemLimits:
     limits = pmem if isinstance(pmem, PmemLimits) else PmemLimits(DEFAULT_DEVICES if pmem else 0)
     check_limits(limits)
@@ -471,6 +623,33 @@ class _Feeder:
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+
+
+def restore(
+    path: str | Path, name: str | None = None, *, root: str | Path | None = None, data: str | Path | None = None,
+    detached: bool = False,
+) -> Pod:  # fmt: skip
+    """A pod that goes on from where one was saved; see :meth:`Pod.save`.
+
+    Args:
+        name: of the new pod; that of the saved one if not given.
+        root, data, detached: see :class:`Pod`.
+
+    Raises:
+        Corrupt: the file is damaged, or of another version.
+        Unsupported: it needs another guest, QEMU, accelerator or processor; the error says which.
+        NotFound, InvalidInput: a layer, disk or share that it reads is missing, or another one now.
+        HoldfastError: the pod could not be started; nothing of it is left.
+    """
+    from holdfast.pod import restoring
+
+    file, root_path, data_path = Path(path).absolute(), state_root(root), data_folder(data)
+    name = name or restoring.name_in(file)
+    check_new(root_path, name)
+    with restoring.restore(file, data_path) as snapshot:
+        pod = Pod._launch(name, snapshot, root_path, data_path, detached=detached)
+    pod._wait_for_start()
+    return pod
 
 
 def run(

@@ -48,6 +48,11 @@ def test_run_with_everything() -> None:
     )  # fmt: skip
 
 
+def test_run_on_a_root_filesystem() -> None:
+    assert run("--rootfs", "r", "ls", "-l") == cli.RunOptions(None, None, ("ls", "-l"), rootfs="/here/r")
+    assert run("--rootfs=/r", "--", "-x") == cli.RunOptions(None, None, ("-x",), rootfs="/r")
+
+
 def test_run_with_nothing() -> None:
     assert run("img") == cli.RunOptions(image="img", bundle=None)
 
@@ -138,6 +143,18 @@ def test_entrypoint(text: str, entrypoint: tuple[str, ...]) -> None:
         ("template list", cli.TemplateListOptions()),
         ("template inspect t", cli.TemplateInspectOptions("t")),
         ("template remove t", cli.TemplateRemoveOptions(("t",))),
+        ("template remove --force t u", cli.TemplateRemoveOptions(("t", "u"), force=True)),
+        ("template remove --stale", cli.TemplateRemoveOptions((), stale=True)),
+        ("template build", cli.TemplateBuildOptions()),
+        ("pod fork p", cli.PodForkOptions("p")),
+        ("pod fork p -n 3 --name a --name b", cli.PodForkOptions("p", 3, ("a", "b"))),
+        ("pod fork p --name a --name b", cli.PodForkOptions("p", 2, ("a", "b"))),
+        ("pod save p f --stop", cli.PodSaveOptions("p", "/here/f", stop=True)),
+        ("pod restore /f", cli.PodRestoreOptions("/f")),
+        ("pod restore f --name q", cli.PodRestoreOptions("/here/f", "q")),
+        ("template build --from-pod p t", cli.TemplateBuildOptions(name="t", from_pod="p")),
+        ("template build --memory 1G --cpus 2 --pmem", cli.TemplateBuildOptions(1 << 30, 2, pmem=True)),
+        ("template build --pci-ports", cli.TemplateBuildOptions(ports=True)),
         ("audit", cli.AuditOptions()),
         ("gc", cli.GcOptions()),
         ("doctor", cli.DoctorOptions()),
@@ -186,10 +203,24 @@ BAD = [
     ("run --name= img", "usage", "holdfast run", "--name: '' is not a name"),
     ("run --pod / img", "usage", "holdfast run", "--pod: '/' is not a name"),
     (f"run --name {'x' * 64} img", "usage", "holdfast run", "at most 63"),
+    ("template remove", "usage", "holdfast template remove", "no template, and no --stale"),
+    ("template remove --stale t", "usage", "holdfast template remove", "either templates, or --stale"),
+    ("pod fork p -n 0", "usage", "holdfast pod fork", "-n: '0'"),
+    ("pod fork p -n 1 --name a --name b", "usage", "holdfast pod fork", "2 names for 1 pods"),
+    ("pod fork p --name a --name a", "usage", "holdfast pod fork", "two pods cannot have one name"),
+    ("pod fork p --name ../a", "usage", "holdfast pod fork", "--name: '../a'"),
+    ("pod save p", "usage", "holdfast pod save", "FILE"),
+    ("template build t", "usage", "holdfast template build", "only a template that is made --from-pod has a name"),
+    ("template build --from-pod p", "usage", "holdfast template build", "needs a name"),
+    ("template build --from-pod p t --cpus 2", "usage", "holdfast template build", "has the machine of that pod"),
+    ("template build --cpus 0", "usage", "holdfast template build", "--cpus: '0'"),
     ("run --template a/b img", "usage", "holdfast run", "--template: 'a/b' is not a name"),
     ("run --pod p --memory 1G img", "usage", "holdfast run", "--memory is for a new pod"),
     ("run --pod p --isolation vm img", "usage", "holdfast run", "--isolation is for a new pod"),
     ("run --bundle b --entrypoint x", "usage", "holdfast run", "--entrypoint is for images"),
+    ("run --rootfs r", "usage", "holdfast run", "what to run is not said"),
+    ("run --rootfs r --bundle b", "usage", "holdfast run", "--bundle or --rootfs, not both"),
+    ("run --rootfs r --entrypoint x y", "usage", "holdfast run", "--entrypoint is for images"),
     ("run --entrypoint [1] img", "usage", "holdfast run", "--entrypoint: not a JSON array"),
     ("run --entrypoint [ img", "usage", "holdfast run", "--entrypoint: not a JSON array"),
     ("run -e =x img", "usage", "holdfast run", "-e: expected NAME=VALUE or NAME, not '=x'"),
@@ -198,7 +229,6 @@ BAD = [
     ("run -v a:b img", "mount-option", "-v a:b", "destination must be absolute"),
     ("plan", "usage", "holdfast plan", "an image, or --bundle DIR, is needed"),
     ("pod", "usage", "holdfast pod", "required: COMMAND"),
-    ("pod fork p", "usage", "holdfast pod", "invalid choice: 'fork'"),
     ("pod create", "usage", "holdfast pod create", "required: POD"),
     ("pod remove .", "usage", "holdfast pod remove", "'.' is not a name"),
     ("exec", "usage", "holdfast exec", "required: POD[/CONTAINER]"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from holdfast.errors import GuestFailed, HoldfastError, NotReleased
-from holdfast.storage import engine as engine_module
+from holdfast.storage import acquisition as acquisition_module
 from tests.conformance import EngineConformance, Pod
 from tests.fakes import FakeSandbox
 
@@ -98,7 +98,7 @@ class TestEngineOnFake(EngineConformance):
     def test_a_scratch_disk_nobody_waits_for_any_more_is_closed(self, run, monkeypatch):
         async def test(pod: Pod) -> None:
             loop = asyncio.get_running_loop()
-            began, go_on, copy = asyncio.Event(), asyncio.Event(), engine_module.scratch_disks.copy
+            began, go_on, copy = asyncio.Event(), asyncio.Event(), acquisition_module.scratch_disks.copy
 
             def slow(prepared: Path) -> int:
                 fd = copy(prepared)
@@ -106,7 +106,7 @@ class TestEngineOnFake(EngineConformance):
                 asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result()
                 return fd
 
-            monkeypatch.setattr(engine_module.scratch_disks, "copy", slow)
+            monkeypatch.setattr(acquisition_module.scratch_disks, "copy", slow)
             task = asyncio.ensure_future(pod.engine.prepare("a", pod.container()))
             await began.wait()
             task.cancel()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from holdfast.errors import HoldfastError
+from holdfast.storage.description import describe
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
 from holdfast.storage.steps import CombineLayers, MakeScratch, MountDisk, MountLayer, ShareDirectory
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from holdfast.storage.attachments import Attachment
-    from holdfast.storage.engine import Held
+    from holdfast.storage.held import Held
     from holdfast.storage.steps import AnyStep
     from tests.fakes import Fault
 
@@ -602,7 +603,7 @@ class EngineMachine(RuleBasedStateMachine):
         rows = {row.detail["slot"]: row for row in self.journal.held(POD) if row.kind == "attachment"}
         assert {a.row for a, _ in items} == {row.id for row in self.journal.held(POD) if row.kind == "attachment"}
         assert {str(slot) for slot in slots} == set(rows)
-        described = {a["slot"]: a["holders"] for a in self.engine.describe()["attachments"]}
+        described = {a["slot"]: a["holders"] for a in describe(self.engine)["attachments"]}
         assert described == {str(attachment.slot): holders for attachment, holders in items}
         disks = {(a.key.inode, a.access == "individual") for a, _ in items if a.disk.kind == "disk"}
         assert self._leases() == disks
@@ -645,7 +646,7 @@ class EngineMachine(RuleBasedStateMachine):
         rows = {row.id: row.state for row in self.journal.held(POD) if row.kind == "share"}
         assert set(rows) == {share.row for share, _ in items}
         assert sorted(os.listdir(self.export)) == sorted(str(share.number) for share, _ in items)
-        described = [(share["share"], share["holders"]) for share in self.engine.describe()["shares"]]
+        described = [(share["share"], share["holders"]) for share in describe(self.engine)["shares"]]
         assert described == [(share.number, holders) for share, holders in items]
         found = [(("share", share.key.path, share.key.read_only), holders) for share, holders in items]
         self._check_holders(found, "share", exact, inside=True)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "holdfast"
 
 # From the lowest to the highest; rooms on one line may import each other.
 ORDER = (
-    ("errors",),
+    ("errors", "trace"),
     ("linux",),
     ("mounts",),
     ("wire",),
@@ -31,7 +31,7 @@ ORDER = (
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What the agent is made of: it runs where nothing but the standard library is installed, ...
-IN_THE_GUEST = ("errors", "linux", "mounts", "wire", "guest")
+IN_THE_GUEST = ("errors", "trace", "linux", "mounts", "wire", "guest")
 # ... and starts with every pod, so it does without the modules that take long to import.
 # (json, which it cannot do without, needs re and enum.)
 NOT_IN_THE_AGENT = ("asyncio", "contextlib", "dataclasses", "inspect", "pathlib", "subprocess", "typing")

@@ -9,6 +9,7 @@ import pytest
 
 from holdfast.errors import HoldfastError, InvalidInput, NotFound, Unsupported
 from holdfast.image.records import Verity
+from holdfast.storage.growing import grow_scratch
 from holdfast.storage.scratch import LUKS_BYTES
 from holdfast.storage.steps import CombineLayers, MakeScratch, MountLayer
 from tests.unit import test_engine as on_fake
@@ -118,16 +119,16 @@ def test_growing(run):
         await pod.prepare("a", *container(pod))
         pod.sandbox.fail("Update MappedVirtualDisk")
         with pytest.raises(HoldfastError):
-            await pod.engine.grow_scratch("a", 2 * SIZE)
-        assert await pod.engine.grow_scratch("a", 2 * SIZE) == 2 * SIZE
+            await grow_scratch(pod.engine, "a", 2 * SIZE)
+        assert await grow_scratch(pod.engine, "a", 2 * SIZE) == 2 * SIZE
         assert scratch_disks(pod)[0][0].size_bytes == 2 * SIZE
         with pytest.raises(InvalidInput):
-            await pod.engine.grow_scratch("a", SIZE)
+            await grow_scratch(pod.engine, "a", SIZE)
         with pytest.raises(NotFound):
-            await pod.engine.grow_scratch("b", 2 * SIZE)
+            await grow_scratch(pod.engine, "b", 2 * SIZE)
         await pod.prepare("b", *container(pod, encrypted=True))
         with pytest.raises(Unsupported):
-            await pod.engine.grow_scratch("b", 2 * SIZE)
+            await grow_scratch(pod.engine, "b", 2 * SIZE)
         await pod.engine.release("a")
         await pod.engine.release("b")
         await pod.expect_nothing()

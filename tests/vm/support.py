@@ -64,6 +64,12 @@ def assert_holds_nothing(pod: holdfast.Pod) -> None:
     assert pod._client.request("verify", {}) == {"unknown": [], "missing": []}
 
 
+def holds(capability: int) -> bool:
+    """Whether these tests have a capability: root of a container need not have all."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> capability & 1)
+
+
 def is_running(pid: int) -> bool:
     """Whether a process is there and no corpse."""
     try:

@@ -133,3 +133,33 @@ def test_an_empty_pod(state_root):
         assert journal.is_alive("p")
     assert answer("pod", "remove", "p") == {"removed": ["p"]}
     assert_nothing_held(state_root)
+
+
+def test_fork(pod):
+    """The new pods outlive the command, have what the pod has, and write where nobody else sees it."""
+    text("exec", pod, "sh", "-c", "echo common >/before")
+    try:
+        assert text("pod", "fork", pod, "-n", "2", "--name", "left").startswith("left\n" + pod + "-")
+        forks = [name for name in (one["name"] for one in answer("ps")) if name != pod]
+        assert len(forks) == 2
+        for name in (pod, *forks):
+            text("exec", f"{name}/web", "sh", "-c", f"echo {name} >/own")
+        for name in (pod, *forks):
+            assert text("exec", f"{name}/web", "cat", "/before", "/own") == f"common\n{name}\n"
+        assert answer("pod", "fork", "left", "--name", "grandchild") == ["grandchild"]
+        assert text("exec", "grandchild/web", "cat", "/own") == "left\n"
+        assert answer("audit") == {"clean": True, "findings": []}
+    finally:
+        for name in [one["name"] for one in answer("ps") if one["name"] != pod]:
+            text("pod", "remove", "-f", name)
+
+
+def test_a_fork_that_is_refused_leaves_everything_as_it_was(pod, tmp_path):
+    (path,) = text("attach", pod, "--mount", f"type=bind,src={tmp_path}").splitlines()
+    error = fails("pod", "fork", pod)
+    assert (error["code"], str(tmp_path) in error["subject"]) == ("not-forkable", True)
+    text("detach", pod, path)
+    assert fails("pod", "fork", pod, "--name", "new", "--name", pod, "-n", "2")["code"] == "pod-exists"
+    assert fails("pod", "fork", "no-such-pod")["code"] == "pod-not-found"
+    assert [one["name"] for one in answer("ps")] == [pod]
+    assert text("exec", pod, "echo", "goes on") == "goes on\n"

@@ -184,6 +184,32 @@ for mode in ("mmap", "loose", "none"):
     assert_holds_nothing(shared_pod)
 
 
+def test_many_in_one_container_and_some_of_them_in_another(pod, tmp_path):
+    """They come and go together, and those that somebody else still has stay."""
+    paths = [tmp_path / f"d{number}" for number in range(24)]
+    for path in paths:
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    (tmp_path / "alone").write_text("alone")
+    mounts = [f"type=bind,src={path},dst=/m/{path.name}{',ro' if n % 2 else ''}" for n, path in enumerate(paths)]
+    kept = [f"type=bind,src={paths[0]},dst=/kept", f"type=bind,src={paths[23]},dst=/kept-ro,ro"]
+    script = "cat /m/*/file /alone; for d in /m/*; do echo x > $d/new && echo wrote $d; done 2>/dev/null; true"
+    for _ in range(2):
+        printed = output(sh(pod, script, mounts=[*mounts, f"type=bind,src={tmp_path}/alone,dst=/alone,ro"]))
+        assert printed.startswith("".join(sorted(path.name for path in paths)) + "alone")
+        assert sorted(printed.partition("alone")[2].split()[1::2]) == sorted(f"/m/d{n}" for n in range(0, 24, 2))
+        assert [(path / "new").exists() for path in paths] == [number % 2 == 0 for number in range(24)]
+        assert_holds_nothing(pod)
+        for path in paths[::2]:
+            (path / "new").unlink()
+    with running(pod, "other", kept):
+        assert output(sh(pod, "cat /m/*/file", mounts=mounts)) == "".join(sorted(path.name for path in paths))
+        assert len(pod.storage()["shares"]) == 2
+        (paths[0] / "later").write_text("later")
+        assert output(pod.exec("other", ["cat", "/kept/later", "/kept-ro/file"])) == "laterd23"
+    assert_holds_nothing(pod)
+
+
 def test_a_share_shows_nothing_of_an_earlier_one(shared_pod, tmp_path):
     """With ``loose`` the guest does not ask again what is behind a name: a name is never used for two shares."""
     for number, text in enumerate(("first", "second, longer")):

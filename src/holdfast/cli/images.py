@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.cli import output as shown
+from holdfast.errors import Unsupported
 from holdfast.image.store import ImageStore
+from holdfast.linux import user_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +32,7 @@ _DIGEST_WIDTH = 12
 
 def import_image(command: ImageImportOptions, line: CommandLine, output: Output) -> int:
     """``image import``: a layout or an archive becomes layer disks."""
+    _own_files(output)
     with progress(output) as tell:
         image = _store(line).import_path(command.path, command.name, tell)
     return _report(image, line, output)
@@ -36,10 +40,29 @@ def import_image(command: ImageImportOptions, line: CommandLine, output: Output)
 
 def pull(command: ImagePullOptions, line: CommandLine, output: Output) -> int:
     """``image pull``: fetches with skopeo, then imports."""
+    _own_files(output)
     output.say(f"fetching {command.reference}")
     with progress(output) as tell:
         image = _store(line).pull(command.reference, command.name or command.reference, tell)
     return _report(image, line, output)
+
+
+def _own_files(output: Output) -> None:
+    """Makes a user root of a namespace, who can give files to root, and to the users in /etc/subuid: layers have them.
+
+    Raises:
+        Unsupported: this host has no user namespaces for users.
+    """
+    if os.geteuid():
+        if user_namespaces.granted_ids() is None:
+            output.say("without /etc/subuid and newuidmap, only layers whose files are all root's can be imported")
+        try:
+            user_namespaces.enter()
+        except OSError as error:
+            raise Unsupported(
+                "import image", why=f"without root it takes a user namespace: {error}", code="no-user-namespaces",
+                hint="run it as root; holdfast doctor says more",
+            ) from None  # fmt: skip
 
 
 def list_images(_command: ImageListOptions, line: CommandLine, output: Output) -> int:

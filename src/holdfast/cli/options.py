@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from holdfast.errors import InvalidInput
+from holdfast.linux.places import default_data, default_state
 from holdfast.spec import pmem
 from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
 from holdfast.spec.mounts import parse_mount, parse_volume
@@ -24,9 +25,6 @@ from holdfast.spec.sizes import parse_size
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Mapping, Sequence
-
-DEFAULT_ROOT = "/run/holdfast"
-DEFAULT_DATA = "/var/lib/holdfast"
 
 Isolation = Literal["vm", "namespace"]
 #: Mount types, as in a spec, that can be added to a pod that runs.
@@ -52,7 +50,7 @@ class SandboxOptions(Struct, frozen=True):
 
 
 class RunOptions(Struct, frozen=True):
-    """``run``: exactly one of ``image`` and ``bundle`` is given.  ``mounts`` are objects of the runtime-spec."""
+    """``run``: of ``image``, ``bundle`` and ``rootfs`` one is given.  ``mounts`` are objects of the runtime-spec."""
 
     image: str | None
     bundle: str | None
@@ -76,6 +74,7 @@ class RunOptions(Struct, frozen=True):
     encrypt_scratch: bool = False
     reuse_scratch: bool = False
     devices: tuple[str, ...] = ()
+    rootfs: str | None = None
 
 
 class PlanOptions(Struct, frozen=True):
@@ -99,6 +98,37 @@ class PodInspectOptions(Struct, frozen=True):
 class PodRemoveOptions(Struct, frozen=True):
     pods: tuple[str, ...]
     force: bool = False
+
+
+class PoolOptions(Struct, frozen=True):
+    """How many pods are to be ready, and what their machines are."""
+
+    size: int
+    memory_bytes: int
+    cpus: int
+
+
+class PodForkOptions(Struct, frozen=True):
+    """``names`` are of the first of the ``count`` new pods; the others' are made up."""
+
+    pod: str
+    count: int = 1
+    names: tuple[str, ...] = ()
+
+
+class PodSaveOptions(Struct, frozen=True):
+    """``stop`` ends the pod when it is saved."""
+
+    pod: str
+    file: str
+    stop: bool = False
+
+
+class PodRestoreOptions(Struct, frozen=True):
+    """``name`` is None for the name of the pod that was saved."""
+
+    file: str
+    name: str | None = None
 
 
 class ExecOptions(Struct, frozen=True):
@@ -164,6 +194,17 @@ class GuestInspectOptions(Struct, frozen=True):
     pass
 
 
+class TemplateBuildOptions(Struct, frozen=True):
+    """What pods will ask for: a template is of one size; or ``name`` and the pod that it is made from."""
+
+    memory_bytes: int = 256 * 1024**2
+    cpus: int = 1
+    pmem: bool = False
+    ports: bool = False
+    name: str | None = None
+    from_pod: str | None = None
+
+
 class TemplateListOptions(Struct, frozen=True):
     pass
 
@@ -173,7 +214,11 @@ class TemplateInspectOptions(Struct, frozen=True):
 
 
 class TemplateRemoveOptions(Struct, frozen=True):
+    """``stale`` stands for the names of those that no new pod would start from."""
+
     names: tuple[str, ...]
+    stale: bool = False
+    force: bool = False
 
 
 class VolumeCreateOptions(Struct, frozen=True):
@@ -286,16 +331,25 @@ class Words(Struct, frozen=True):
                 mounts.append(parse_volume(text, cwd=self.cwd))
         return tuple(mounts)
 
-    def sandbox(self) -> SandboxOptions:
+    def machine_size(self) -> tuple[int, int]:
+        """``--memory`` in bytes, and ``--cpus``."""
         found, given = self.found, SandboxOptions()
         memory = parse_size(found.memory, subject="--memory") if found.memory is not None else given.memory_bytes
         cpus = str(given.cpus) if found.cpus is None else found.cpus
-        if not (cpus.isascii() and cpus.isdecimal() and int(cpus) > 0):
-            raise self.wrong(f"--cpus: {cpus!r} is not a number of virtual CPUs, such as 2")
+        return memory, self.positive("--cpus", cpus, "of virtual CPUs")
+
+    def positive(self, option: str, text: str, what: str = "of pods") -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) > 0):
+            raise self.wrong(f"{option}: {text!r} is not a number {what}, such as 2")
+        return int(text)
+
+    def sandbox(self) -> SandboxOptions:
+        found, given = self.found, SandboxOptions()
+        memory, cpus = self.machine_size()
         template = None if found.template is None else self.name(found.template, "--template")
         denied = found.no_writable_shares or flag(self.pairs("--annotation", found.annotation), NO_WRITABLE_SHARES)
         return SandboxOptions(
-            found.isolation or given.isolation, template, memory, int(cpus), not denied, found.pmem, found.pci_ports
+            found.isolation or given.isolation, template, memory, cpus, not denied, found.pmem, found.pci_ports
         )
 
 
@@ -315,19 +369,30 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd:
     cwd = os.getcwd() if cwd is None else cwd
     from holdfast.cli.grammar import make_parser
 
-    found, unknown = make_parser().parse_known_args(list(argv))
+    found, unknown = make_parser(_command_of(argv)).parse_known_args(list(argv))
     if unknown:
         raise usage_error(
             found.prog, f"unknown option {unknown[0]}" if unknown[0][:1] == "-" else f"what is {unknown[0]!r}?"
         )
     words = Words(found, found.prog, environ, cwd)
     return CommandLine(
-        root=words.path(getattr(found, "root", None) or environ.get("HOLDFAST_ROOT") or DEFAULT_ROOT),
-        data=words.path(getattr(found, "data", None) or environ.get("HOLDFAST_DATA") or DEFAULT_DATA),
+        root=words.path(getattr(found, "root", None) or environ.get("HOLDFAST_ROOT") or default_state()),
+        data=words.path(getattr(found, "data", None) or environ.get("HOLDFAST_DATA") or default_data()),
         json=getattr(found, "json", False),
         debug=getattr(found, "debug", False),
         command=found.make(words),
     )
+
+
+def _command_of(argv: Sequence[str]) -> str:
+    """The command, if nothing but options for everywhere is before it."""
+    words = iter(argv)
+    for word in words:
+        if word in ("--root", "--data"):
+            next(words, None)
+        elif word not in ("--json", "--debug") and not word.startswith(("--root=", "--data=")):
+            return word
+    return ""
 
 
 def usage_error(prog: str, why: str, hint: str = "") -> InvalidInput:
@@ -341,15 +406,20 @@ def make_run(words: Words) -> RunOptions:
     found = words.found
     rest = _container_words(found.rest)
     bundle = None if found.bundle is None else words.path(found.bundle)
+    rootfs = None if found.rootfs is None else words.path(found.rootfs)
+    if bundle is not None and rootfs is not None:
+        raise words.wrong("a bundle has a root filesystem: --bundle or --rootfs, not both")
+    if not rest and rootfs is not None:
+        raise words.wrong("what to run is not said: --rootfs DIR PROGRAM [ARG...]")
     if bundle is None and not rest:
         raise words.wrong("an image, or --bundle DIR, is needed")
-    if bundle is not None and found.entrypoint is not None:
-        raise words.wrong("--entrypoint is for images; a bundle's whole command may follow --bundle DIR")
+    if (bundle is not None or rootfs is not None) and found.entrypoint is not None:
+        raise words.wrong("--entrypoint is for images; the whole command may follow --bundle DIR, or --rootfs DIR")
     if found.pod is not None:
         for option in ("isolation", "template", "memory", "cpus", "no-writable-shares"):
             if getattr(found, option.replace("-", "_")) is not None:
                 raise words.wrong(f"--{option} is for a new pod; the one of --pod is there already")
-    image = None if bundle is not None else rest.pop(0)
+    image = None if bundle is not None or rootfs is not None else rest.pop(0)
     if image == "":
         raise words.wrong("the image's name is empty")
     scratch = None if found.scratch_size is None else parse_size(found.scratch_size, subject="--scratch-size")
@@ -376,6 +446,7 @@ def make_run(words: Words) -> RunOptions:
         devices=tuple(_device(words, text) for text in found.device),
         encrypt_scratch=found.encrypt_scratch,
         reuse_scratch=found.reuse_scratch,
+        rootfs=rootfs,
     )
 
 
@@ -410,6 +481,26 @@ def _entrypoint(words: Words) -> tuple[str, ...] | None:
         raise words.wrong(f"--entrypoint: not a JSON array of texts: {error}") from None
 
 
+def make_template_build(words: Words) -> TemplateBuildOptions:
+    found = words.found
+    if found.from_pod is None:
+        if found.name is not None:
+            raise words.wrong("only a template that is made --from-pod has a name")
+        return TemplateBuildOptions(*words.machine_size(), found.pmem, found.pci_ports)
+    if found.name is None:
+        raise words.wrong("a template that is made --from-pod needs a name")
+    if found.memory is not None or found.cpus is not None or found.pmem or found.pci_ports:
+        raise words.wrong("a template that is made --from-pod has the machine of that pod")
+    return TemplateBuildOptions(name=words.name(found.name, "NAME"), from_pod=words.name(found.from_pod, "--from-pod"))
+
+
+def make_template_remove(words: Words) -> TemplateRemoveOptions:
+    names, stale = tuple(words.found.names), words.found.stale
+    if bool(names) == stale:
+        raise words.wrong("either templates, or --stale" if names else "no template, and no --stale")
+    return TemplateRemoveOptions(names, stale, words.found.force)
+
+
 def make_exec(words: Words) -> ExecOptions:
     found = words.found
     pod, slash, container = found.pod.partition("/")
@@ -431,6 +522,29 @@ def make_exec(words: Words) -> ExecOptions:
 def make_pod_create(words: Words) -> PodCreateOptions:
     pod = words.name(words.found.pod, "POD")
     return PodCreateOptions(pod, words.sandbox(), words.pairs("--annotation", words.found.annotation))
+
+
+def make_pod_fork(words: Words) -> PodForkOptions:
+    pod, names = words.name(words.found.pod, "POD"), words.names(words.found.names, "--name")
+    count = max(1, len(names)) if words.found.count is None else words.positive("-n", words.found.count)
+    if len(names) > count:
+        raise words.wrong(f"{len(names)} names for {count} pods")
+    if len(set(names)) < len(names):
+        raise words.wrong("--name: two pods cannot have one name")
+    return PodForkOptions(pod, count, names)
+
+
+def make_pool(words: Words) -> PoolOptions:
+    return PoolOptions(words.positive("--size", words.found.size), *words.machine_size())
+
+
+def make_pod_save(words: Words) -> PodSaveOptions:
+    return PodSaveOptions(words.name(words.found.pod, "POD"), words.path(words.found.file), words.found.stop)
+
+
+def make_pod_restore(words: Words) -> PodRestoreOptions:
+    name = None if words.found.name is None else words.name(words.found.name, "--name")
+    return PodRestoreOptions(words.path(words.found.file), name)
 
 
 def make_volume_create(words: Words) -> VolumeCreateOptions:

@@ -9,6 +9,7 @@ import msgspec
 
 from holdfast import api
 from holdfast.cli.run import container_request, names, sandbox_arguments
+from holdfast.linux.user_namespaces import rootless
 
 if TYPE_CHECKING:
     from holdfast.cli.options import CommandLine, PlanOptions
@@ -28,7 +29,8 @@ def plan(command: PlanOptions, line: CommandLine, output: Output) -> int:
     else:
         from holdfast.pod.containers import make_plan
 
-        made = make_plan(request, Path(line.data))
+        without_root = run.sandbox.isolation == "namespace" and rootless()
+        made = make_plan(request, Path(line.data), without_root=without_root)
         found = {"steps": msgspec.to_builtins(made.steps), "describe": made.describe()}
     if output.json:
         output.data(found)

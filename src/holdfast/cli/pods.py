@@ -1,4 +1,4 @@
-"""``ps`` and ``pod``: which pods there are, one of them, a new one, one less."""
+"""``ps`` and ``pod``: which pods there are, one of them, a new one, more like one, one less."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from holdfast.storage.journal import Journal, PodRow
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from holdfast.cli.options import CommandLine, PodCreateOptions, PodInspectOptions, PodRemoveOptions, PsOptions
+    from holdfast.cli.options import (
+        CommandLine,
+        PodCreateOptions,
+        PodForkOptions,
+        PodInspectOptions,
+        PodRemoveOptions,
+        PsOptions,
+    )
     from holdfast.cli.output import Output
 
 #: A monitor answers ``inspect`` at once, whatever else it does; one that does not is as good as hung.
@@ -101,6 +108,20 @@ def create(command: PodCreateOptions, line: CommandLine, output: Output) -> int:
             output.data(pod.inspect())
         else:
             output.line(pod.name)
+    return 0
+
+
+def fork(command: PodForkOptions, line: CommandLine, output: Output) -> int:
+    """``pod fork``: prints the new pods' names."""
+    with api.Pod.open(command.pod, root=line.root, data=line.data) as pod:
+        made = pod.fork(command.count, names=command.names, detached=True)
+    for new in made:
+        new.close()
+    names = [new.name for new in made]
+    if output.json:
+        output.data(names)
+    else:
+        output.line("\n".join(names))
     return 0
 
 

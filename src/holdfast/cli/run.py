@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast import api
-from holdfast.errors import HoldfastError, NotFound, ProtocolError, Unsupported
+from holdfast import api, trace
+from holdfast.errors import HoldfastError, NotFound, ProtocolError
+from holdfast.linux.user_namespaces import rootless
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.messages import ContainerRequest, ExecRequest, Stdio
 from holdfast.spec.pmem import pmem_limits
@@ -21,20 +22,26 @@ if TYPE_CHECKING:
 
 def run(command: RunOptions, line: CommandLine, output: Output) -> int:
     """Runs a container, in a pod of its own or in one that is there."""
+    trace.mark("modules")
     pod_name, name = names(command)
     request = container_request(command, name, line)
     arguments = sandbox_arguments(command.sandbox) | {"pmem": pmem_limits(request.spec.get("annotations") or {})}
     arguments["ports"] |= bool((request.spec.get("windows") or {}).get("devices"))
+    trace.mark("image and specification")
     if command.pod is None:
         from holdfast.pod.containers import make_plan
 
-        make_plan(request, Path(line.data))  # what can be known to be wrong is said before a machine is started
+        without_root = command.sandbox.isolation == "namespace" and rootless()
+        # What can be known to be wrong is said before a machine is started.
+        make_plan(request, Path(line.data), without_root=without_root)
+        trace.mark("plan")
     if command.detach:
         return _run_detached(command, line, output, pod_name, request, arguments)
     if command.pod is not None:
         return _attended(line, pod_name, "run", request, output, command.interactive)
     request = msgspec.structs.replace(request, ends_pod=True)
     with api.Pod(pod_name, root=line.root, data=line.data, say=output.say, **arguments):
+        trace.mark("pod has answered")
         return _attended(line, pod_name, "run", request, output, command.interactive)
 
 
@@ -107,7 +114,10 @@ def _attended(
         client.open(STDOUT, STDERR, *([STDIN] if stdin else []))
         try:
             answer = client.request(method, msgspec.to_builtins(request))
-            return attend(client, answer["key"], output, stdin=stdin, terminal=terminal)
+            trace.mark("container has started")
+            status = attend(client, answer["key"], output, stdin=stdin, terminal=terminal)
+            trace.mark("container has ended")
+            return status
         except ProtocolError as error:
             if error.code != "monitor-died":
                 raise
@@ -134,8 +144,8 @@ def _stdio(interactive: bool, terminal: bool) -> Stdio:
 def names(command: RunOptions) -> tuple[str, str]:
     """The pod's name and the container's; a pod that is made for a container is called like it."""
     if command.pod is not None:
-        return command.pod, command.name or f"c-{secrets.token_hex(4)}"
-    name = command.name or f"pod-{secrets.token_hex(4)}"
+        return command.pod, command.name or f"c-{os.urandom(4).hex()}"
+    name = command.name or f"pod-{os.urandom(4).hex()}"
     return name, name
 
 
@@ -152,8 +162,8 @@ def container_request(command: RunOptions, name: str, line: CommandLine) -> Cont
         if getattr(command, flag):  # else annotations may say so
             options[flag] = True
     request = api.container_request(
-        name, Path(line.data), image=command.image or "", bundle=command.bundle, args=command.args,
-        entrypoint=command.entrypoint, env=command.env, cwd=command.cwd, user=command.user,
+        name, Path(line.data), image=command.image or "", bundle=command.bundle, rootfs=command.rootfs,
+        args=command.args, entrypoint=command.entrypoint, env=command.env, cwd=command.cwd, user=command.user,
         hostname=command.hostname or "", terminal=command.terminal, annotations=command.annotations,
         mounts=command.mounts, read_only=command.read_only, devices=command.devices, **options,
     )  # fmt: skip
@@ -162,16 +172,7 @@ def container_request(command: RunOptions, name: str, line: CommandLine) -> Cont
 
 
 def sandbox_arguments(sandbox: SandboxOptions) -> dict[str, Any]:
-    """Arguments of :class:`holdfast.api.Pod`.
-
-    Raises:
-        Unsupported: what is not built yet; nothing else is taken in its place.
-    """
-    if sandbox.template not in (None, "none"):
-        raise Unsupported(
-            "start pod", subject=f"--template {sandbox.template}", why="templates of one's own are not built yet",
-            hint="leave it out, or --template none to boot afresh", code="template-unsupported",
-        )  # fmt: skip
+    """Arguments of :class:`holdfast.api.Pod`."""
     return {
         "isolation": sandbox.isolation, "memory": sandbox.memory_bytes, "cpus": sandbox.cpus,
         "template": sandbox.template,

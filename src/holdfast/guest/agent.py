@@ -13,8 +13,9 @@ import select
 import signal
 import sys
 
-from holdfast.errors import InvalidInput, ProtocolError, from_exception
-from holdfast.guest import boot, storage
+from holdfast import trace
+from holdfast.errors import GuestFailed, InvalidInput, ProtocolError, from_exception
+from holdfast.guest import boot, renew, storage
 from holdfast.guest.children import Children
 from holdfast.guest.containers import Containers, Runtime
 from holdfast.guest.hot_mounts import HotMounts
@@ -48,10 +49,16 @@ class Agent:
         self._hot_mounts = HotMounts(self._children, self._containers.pid_of)
         self._tasks: dict[int, object] = {}
         self._writing = False
+        self._frozen = False
         self._methods: dict[str, Callable[[dict[str, Any]], Any]] = {
             "hello": self._hello,
             "ping": lambda params: params,
             "resume": self._resume,
+            "freeze": self._freeze,
+            "thaw": self._thaw,
+            "renew": self._renew,
+            "processes": lambda _params: self._containers.connected(),
+            "reconnect": lambda _params: self._containers.reconnect(),
             "modify": lambda params: storage.modify(params, self._children),
             "start": lambda params: self._containers.start(self._mux, params),
             "exec": lambda params: self._containers.exec(self._mux, params),
@@ -64,6 +71,16 @@ class Agent:
             "shutdown": self._shutdown,
         }
         os.set_blocking(fd, False)
+
+    def make_ready(self) -> None:
+        """Does what can be done before anything is asked for: a machine that is saved then has it done.
+
+        That it fails is no reason not to serve: it will be done, or fail again, when it is asked for.
+        """
+        try:
+            self._containers.make_ready()
+        except (OSError, GuestFailed) as error:
+            say(f"nothing waits for a container: {error}")
 
     def run(self) -> None:
         """Serves until a ``shutdown`` request."""
@@ -119,6 +136,7 @@ class Agent:
             self._loop.cancel(self._tasks.get(channel))
         elif kind == SYNC:
             self._mux.synced(incoming.data)
+            self._containers.disconnect()
 
     def _request(self, request_id: int, body: dict[str, Any]) -> None:
         method = self._methods.get(str(body.get("method")))
@@ -156,6 +174,8 @@ class Agent:
         self._mux.event(name, params)
 
     def _flush(self) -> None:
+        if self._frozen:
+            self._stand_still()
         outgoing = self._mux.outgoing
         while outgoing:
             try:
@@ -183,8 +203,45 @@ class Agent:
         }
 
     def _resume(self, params: dict[str, Any]) -> dict[str, Any]:
-        boot.refresh_identity(int(params["time_ns"]), bytes.fromhex(params["entropy"]), str(params["hostname"]))
+        if params.get("trace"):
+            trace.send_to(lambda when, what: self._report("trace", {"when": when, "what": what}))
+        trace.mark("asked to resume")
+        entropy = bytes.fromhex(params["entropy"])
+        identity = boot.refresh_identity(int(params["time_ns"]), entropy, str(params["hostname"]))
+        trace.mark("has resumed")
+        return identity
+
+    def _freeze(self, _params: dict[str, Any]) -> Task:
+        yield from renew.stand_still(self._containers.running(), self._children)
+        self._frozen = True
         return {}
+
+    def _thaw(self, _params: dict[str, Any]) -> dict[str, Any]:
+        renew.go_on()
+        return {}
+
+    def _renew(self, _params: dict[str, Any]) -> Task:
+        answer = yield from renew.renew(self._containers.running(), self._children)
+        self._hot_mounts.renumber(answer["numbers"])
+        return {}
+
+    def _stand_still(self) -> None:
+        """Sends everything, and does nothing until the host says something: this machine may be copied meanwhile.
+
+        So no frame is ever cut in two by that, and whoever goes on from the copy finds an agent that waits.
+        """
+        self._frozen = False
+        port = select.poll()
+        while self._mux.outgoing:
+            port.register(self._fd, select.POLLOUT)
+            port.poll()
+            try:
+                del self._mux.outgoing[: os.write(self._fd, memoryview(self._mux.outgoing)[:65536])]
+            except BlockingIOError:
+                continue
+        port.register(self._fd, select.POLLIN)
+        port.poll()
+        self._on_port(select.EPOLLIN)  # first of all: a host that has forgotten everything says so
 
     def _kill(self, params: dict[str, Any]) -> dict[str, Any]:
         self._containers.kill(str(params.get("key")), int(params.get("signal", signal.SIGTERM)))
@@ -225,6 +282,7 @@ def main() -> None:
         boot.mount_system()
         boot.enable_cgroup_controllers()
         agent = Agent(_open_port())
+        agent.make_ready()
         gc.freeze()  # what exists now is shared by every clone: keep the collector from writing to it
         agent.run()
     except BaseException as error:

@@ -75,13 +75,22 @@ class Children:
 
         When the task is given up, the program is killed.
         """
-        pid = os.posix_spawn(
-            argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+        return (yield from self.wait(self.spawn(argv, stdin, stdout, stderr)))
+
+    def spawn(
+        self, argv: list[str], stdin: int, stdout: int, stderr: int, *, environment: dict[str, str] | None = None
+    ) -> int:
+        """Starts a program, with these variables besides the usual; returns its number.  It must be waited for."""
+        return os.posix_spawn(
+            argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **(environment or {})},
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2),
             ],
             setsigdef=[signal.SIGPIPE, signal.SIGCHLD], setsigmask=[], setsid=True,
         )  # fmt: skip
+
+    def wait(self, pid: int) -> Task:
+        """Task: waits for a program's end; returns its wait status.  When the task is given up, it is killed."""
         status, _ = yield from self._end(pid)
         return status
 

@@ -6,9 +6,12 @@ import json
 import os
 import signal
 
+from holdfast import trace
 from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, InUse, InvalidInput, NotFound
-from holdfast.guest import block_devices
+from holdfast.guest import block_devices, files, mount_points, propagation
 from holdfast.guest.commands import check_command
+from holdfast.guest.network import SpareNetwork
+from holdfast.guest.ready import ID, ReadyRuntime
 from holdfast.guest.streams import Input, Output
 from holdfast.guest.tmp import add_tmp
 from holdfast.guest.users import apply_user
@@ -63,7 +66,9 @@ class Runtime:
         return [*self.argv, "--root", _STATE, "--log", log, "--log-format", "json"]
 
     def prepare(self, spec: dict[str, Any], name: str) -> None:
-        """Puts a container into the control group that it must be in, if there is one."""
+        """Puts a container into the control group that it must be in, if there is one; says what its runtime needs."""
+        if self.argv[:1] and os.path.basename(self.argv[0]) == "crun":
+            propagation.keep(spec)
         if self._cgroup:
             spec["linux"] = {**(spec.get("linux") or {}), "cgroupsPath": f"{self._cgroup}/{name}"}
 
@@ -116,15 +121,56 @@ class Containers:
         self._runtime = runtime
         self._report = report
         self._launched = 0
+        self._ready: ReadyRuntime | None = None
+        self._network: SpareNetwork | None = None
+        #: The container that the runtime knows under another name.
+        self._by_ready = ""
         self._processes: dict[str, Process] = {}
+        #: Exit statuses that the host has not heard of, if it is not listening; see :meth:`disconnect`.
+        self._unheard: dict[str, int] | None = None
+
+    def make_ready(self) -> None:
+        """Makes for a container that may come what does not depend on it.
+
+        Raises:
+            OSError, GuestFailed: something of it could not be made, and will be made when a container needs it.
+        """
+        self._network = SpareNetwork()
+        stdio = Stdio(terminal=False, stdin=0)
+        try:
+            self._ready = ReadyRuntime(self._runtime, self._children, f"{BUNDLES}/{ID}", stdio)
+        except BaseException:
+            stdio.close()
+            raise
+
+    def _tell_ready(self, name: str, configuration: bytes, params: dict[str, Any]) -> ReadyRuntime | None:
+        """The runtime that waited, and runs the container from now on; None if that takes another one."""
+        ready = self._ready
+        if ready is None or params.get("stdin"):
+            return None
+        self._ready = None
+        if not ready.tell(configuration):
+            return None
+        self._by_ready = name
+        return ready
+
+    def _give_network(self, spec: dict[str, Any]) -> SpareNetwork | None:
+        """The network that the container has been given, if there was one for it."""
+        network = self._network
+        if network is None or not network.give(spec):
+            return None
+        self._network = None
+        return network
+
+    def _runtime_id(self, name: str) -> str:
+        return ID if name == self._by_ready else name
 
     def start(self, mux: Mux, params: dict[str, Any]) -> Task:
         """Task: makes the bundle, runs the container, connects its stdio; returns ``{"pid": n}``."""
+        trace.mark("asked to start container")
         name = _name(params, "id")
         if name in self._processes:
             raise InUse("start container", subject=name, why="a container of this name exists", code="container-exists")
-        bundle = f"{BUNDLES}/{name}"
-        os.makedirs(bundle, 0o700, exist_ok=True)
         spec = _dict(params, "spec")
         block_devices.show(spec)
         self._runtime.prepare(spec, name)
@@ -133,13 +179,24 @@ class Containers:
         mounted = [str(mount.get("destination")) for mount in spec.get("mounts") or ()]
         if params.get("tmp"):
             add_tmp(spec)
+        if params.get("host_root"):
+            mount_points.make(spec, name)
         apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         check_command(spec["process"], spec["root"]["path"], mounted)
         _size_terminal(spec["process"], params.get("size"))
-        with open(f"{bundle}/config.json", "w") as file:
-            json.dump(spec, file)
+        network = self._give_network(spec)
+        configuration = json.dumps(spec).encode()
+        ready = self._tell_ready(name, configuration, params) if not spec["process"].get("terminal") else None
+        bundle = f"{BUNDLES}/{self._runtime_id(name)}"
+        if ready is None:
+            os.makedirs(bundle, 0o700, exist_ok=True)
+            files.write(f"{bundle}/config.json", configuration)
         argv = ["run", "--detach", "--bundle", bundle]
-        return (yield from self._launch(mux, name, bundle, argv, [name], params, spec["process"]))
+        try:
+            return (yield from self._launch(mux, name, bundle, argv, [name], params, spec["process"], ready))
+        finally:
+            if network is not None:
+                network.let_go()
 
     def exec(self, mux: Mux, params: dict[str, Any]) -> Task:
         """Task: runs a process in a running container; returns ``{"pid": n}``."""
@@ -149,11 +206,12 @@ class Containers:
             raise NotFound("run in container", subject=container, why="it is not running", code="container-not-running")
         if key in self._processes:
             raise InUse("run in container", subject=key, why="this process exists", code="process-exists")
-        folder = f"{BUNDLES}/{container}/{key}"
+        bundle = f"{BUNDLES}/{self._runtime_id(container)}"
+        folder = f"{bundle}/{key}"
         os.makedirs(folder, 0o700, exist_ok=True)
         process = _dict(params, "process")
         if params.get("user"):
-            with open(f"{BUNDLES}/{container}/config.json") as file:
+            with open(f"{bundle}/config.json") as file:
                 apply_user(process, str(params["user"]), json.load(file)["root"]["path"])
         self._runtime.prepare_process(process)
         check_command(process, f"/proc/{main.pid}/root", [])
@@ -161,8 +219,9 @@ class Containers:
         with open(f"{folder}/process.json", "w") as file:
             json.dump(process, file)
         argv = ["exec", "--detach", "--process", f"{folder}/process.json"]
+        tail = [self._runtime_id(container)]
         try:
-            answer = yield from self._launch(mux, key, folder, argv, [container], params, process)
+            answer = yield from self._launch(mux, key, folder, argv, tail, params, process)
         except BaseException:
             _remove_bundle(folder)
             raise
@@ -175,12 +234,12 @@ class Containers:
 
     def _launch(
         self, mux: Mux, key: str, folder: str, argv: list[str], tail: list[str], params: dict[str, Any],
-        program: dict[str, Any],
+        program: dict[str, Any], ready: ReadyRuntime | None = None,
     ) -> Task:  # fmt: skip
         terminal, command_name = bool(program.get("terminal")), str(program["args"][0])
         log, pid_file = f"{folder}/log", f"{folder}/pid"
         command = [*self._runtime.command(log), *argv, "--pid-file", pid_file]
-        stdio = Stdio(terminal, int(params.get("stdin") or 0))
+        stdio = ready.stdio if ready is not None else Stdio(terminal, int(params.get("stdin") or 0))
         listener = None
         self._children.expect()
         self._launched += 1
@@ -190,13 +249,15 @@ class Containers:
                 os.makedirs(_TTYS, 0o700, exist_ok=True)
                 listener = _listen(tty)
                 command += ["--console-socket", tty]
-            status = yield from self._children.run(command + tail, *stdio.child)
+            trace.mark("bundle is made")
+            pid = ready.pid if ready is not None else self._children.spawn(command + tail, *stdio.child)
+            status = yield from self._children.wait(pid)
+            trace.mark("runtime has ended")
             if status != 0:
                 raise _failure(log, command_name)
             stdio.close_child()
             terminal_fd = _receive_fd(listener) if listener is not None else -1
-            with open(pid_file) as file:
-                process = Process(key, int(file.read()), terminal_fd, mux)
+            process = Process(key, int(files.read(pid_file)), terminal_fd, mux)
             self._connect(process, stdio, params)
             self._processes[key] = process
             self._children.on_exit(process.pid, lambda status: self._ended(process, status))
@@ -230,6 +291,7 @@ class Containers:
 
     def _ended(self, process: Process, status: int) -> None:
         process.status = status
+        trace.mark("process has ended")
         if process.input is not None:
             process.input.abandon()
         for output in process.outputs:
@@ -251,6 +313,8 @@ class Containers:
         status = process.status
         signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = 128 + signalled if signalled else os.WEXITSTATUS(status)
+        if self._unheard is not None:
+            self._unheard[process.key] = code
         self._report("exit", {"key": process.key, "pid": process.pid, "code": code, "signal": signalled})
 
     def find(self, key: str) -> Process:
@@ -274,6 +338,38 @@ class Containers:
         if process.status is not None:
             raise NotFound("find process", subject=name, why="it has ended", code="container-not-running")
         return process.pid
+
+    def connected(self) -> dict[str, list[int]]:
+        """Key of each process -> its open streams: the one for input or 0, then those for output."""
+        return {
+            process.key: [
+                process.input.channel if process.input is not None and not process.input.finished else 0,
+                *(output.channel for output in process.outputs if not output.finished),
+            ]
+            for process in self._processes.values()
+        }
+
+    def disconnect(self) -> None:
+        """The host has forgotten all that was before: until it reconnects, nobody hears of a process's end."""
+        self._unheard = {} if self._processes else None
+
+    def reconnect(self) -> dict[str, Any]:
+        """Opens them again under the same numbers, for a host that has forgotten them and now has them open.
+
+        Returns ``{"ended": {key: exit status}}``, of processes that have ended meanwhile.
+        """
+        for process in list(self._processes.values()):
+            for channel in dict.fromkeys(self.connected()[process.key]):
+                if channel:
+                    process.mux.open(channel)
+            for output in process.outputs:
+                output.pump()
+        unheard, self._unheard = self._unheard or {}, None
+        return {"ended": unheard}
+
+    def running(self) -> dict[str, int]:
+        """Name of each container that runs -> process id of its first process."""
+        return {key: p.pid for key, p in self._processes.items() if p.status is None and not p.folder}
 
     def streams(self, channel: int) -> tuple[Input | None, Output | None]:
         """The process's end of a stream, whichever direction it has."""
@@ -309,17 +405,21 @@ class Containers:
     def remove(self, params: dict[str, Any]) -> Task:
         """Task: kills and deletes a container and its bundle; one that is gone is success."""
         name = _name(params, "id")
+        id = self._runtime_id(name)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         log = f"{_STATE}/{name}.delete.log"
         try:
-            if os.path.isdir(f"{_STATE}/{name}"):
-                argv = [*self._runtime.command(log), "delete", "--force", name]
+            if os.path.isdir(f"{_STATE}/{id}"):
+                argv = [*self._runtime.command(log), "delete", "--force", id]
                 status = yield from self._children.run(argv, null, null, null)
-                if status != 0 and os.path.isdir(f"{_STATE}/{name}"):
+                if status != 0 and os.path.isdir(f"{_STATE}/{id}"):
                     raise GuestFailed("delete container", subject=name, why=_log_text(log))
         finally:
             os.close(null)
-        _remove_bundle(f"{BUNDLES}/{name}")
+        mount_points.remove(name)
+        _remove_bundle(f"{BUNDLES}/{id}")
+        if id == ID:
+            self._by_ready = ""
         return {}
 
 
@@ -339,10 +439,10 @@ def _size_terminal(process: dict[str, Any], size: object) -> None:
 
 def _remove_bundle(folder: str) -> None:
     """Removes the bundle's own files; nothing is ever mounted in there."""
-    for path, names, files in os.walk(folder, topdown=False):
-        for name in files:
-            os.unlink(f"{path}/{name}")
+    for path, folders, names in os.walk(folder, topdown=False):
         for name in names:
+            os.unlink(f"{path}/{name}")
+        for name in folders:
             os.rmdir(f"{path}/{name}")
     if os.path.isdir(folder):
         os.rmdir(folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+from holdfast import trace
 from holdfast.errors import InUse, Unsupported
 from holdfast.guest import disks, mapped, mounting
 from holdfast.guest import settings as settings_of
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.probe import NO_REPLAY
-from holdfast.mounts.unmount import remove_mount_point, unmount, unmount_below
+from holdfast.mounts.release import drop, drop_below, remove_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add(settings: dict[str, Any], children: Children) -> Task:
         settings_of.number(settings, "Partition"),
     )
     device = yield from disks.wait_for_disk(*place)
+    trace.mark("has found disk")
     try:
         device = yield from _map(settings, target, device, place, children)
         answer = _link_device(target, device) if settings.get("BlockDev") else _mount_disk(settings, target, device)
@@ -109,8 +111,8 @@ def remove(settings: dict[str, Any], children: Children) -> Task:
         return {}
     if not settings.get("ReadOnly"):
         yield from mounting.write_back(target, children)
-    unmount_below(target)
-    unmount(target)
+    drop_below(target)
+    drop(target)
     yield from mapped.release(target)
     remove_mount_point(target)
     _disks.pop(target, None)

@@ -9,7 +9,7 @@ from holdfast.errors import GuestFailed, InUse, NotReleased, Unsupported
 from holdfast.guest.launch import load_on_demand
 from holdfast.linux import syscalls
 from holdfast.mounts.probe import probe_filesystem
-from holdfast.mounts.unmount import remove_mount_point, unmount
+from holdfast.mounts.release import drop, remove_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,9 +35,14 @@ class NewMount:
         self._made = False
 
     def __enter__(self) -> NewMount:
-        if os.path.ismount(self.target) or os.path.islink(self.target):
-            raise InUse("mount", subject=self.target, why="something else is mounted there", code="path-in-use")
-        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        try:
+            self._make()
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+            self._make()
+        return self
+
+    def _make(self) -> None:
         try:
             if self._directory:
                 os.mkdir(self.target, 0o755)
@@ -45,14 +50,16 @@ class NewMount:
                 os.close(os.open(self.target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
             self._made = True
         except FileExistsError:
-            self._made = False
-        return self
+            if os.path.ismount(self.target) or os.path.islink(self.target):
+                raise InUse(
+                    "mount", subject=self.target, why="something else is mounted there", code="path-in-use"
+                ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            unmount(self.target)
+            drop(self.target)
             if self._made:
                 remove_mount_point(self.target)
 
@@ -101,9 +108,11 @@ def bring(source: str, target: str) -> None:
         GuestFailed: the kernel refused it.
     """
     try:
-        if os.path.ismount(source):
+        try:
             syscalls.move_mount(syscalls.AT_FDCWD, source, syscalls.AT_FDCWD, target, 0)
-        else:
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # move_mount(2): nothing is mounted just there
+                raise
             syscalls.mount(source, target, "", syscalls.MS_BIND | syscalls.MS_REC)
     except OSError as error:
         raise GuestFailed("bind", subject=f"{source} at {target}", why=error, code="mount-failed") from None

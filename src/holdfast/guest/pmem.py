@@ -16,7 +16,7 @@ from holdfast.guest.launch import load_on_demand
 from holdfast.guest.loop import sleep
 from holdfast.linux import syscalls
 from holdfast.mounts.probe import NO_REPLAY
-from holdfast.mounts.unmount import remove_mount_point, unmount
+from holdfast.mounts.release import drop, remove_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def add(settings: dict[str, Any], _children: Children) -> Task:
 def remove(settings: dict[str, Any], _children: Children) -> Task:
     """Task: unmounts a layer and takes its mapping away; already gone is success."""
     target = settings_of.path(settings, "MountPath")
-    unmount(target)
+    drop(target)
     yield from _release(target)
     remove_mount_point(target)
     return {}

@@ -93,6 +93,11 @@ class Input:
         self._eof = False
         os.set_blocking(fd, False)
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._fd < 0
+
     def feed(self, data: bytes) -> None:
         """Bytes from the peer; credit goes back as the process takes them."""
         if self._fd < 0:  # nobody reads any more: swallow, so that the sender does not stall

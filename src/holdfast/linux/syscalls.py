@@ -108,6 +108,7 @@ CAP_MKNOD = 27
 CAP_SETFCAP = 31
 
 _NR = {
+    "pidfd_getfd": 438,
     "umount2": 166,
     "mount": 165,
     "pivot_root": 155,
@@ -373,6 +374,11 @@ def clock_settime(clock: int, nanoseconds: int) -> None:
 def renameat2(old: str | bytes, new: str | bytes, flags: int) -> None:
     """renameat2(2), Linux 3.15."""
     _call("renameat2", old, AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags)
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A copy of a descriptor that another process has open (pidfd_getfd(2), Linux 5.6); close-on-exec."""
+    return _call("pidfd_getfd", str(fd), pidfd, fd, 0)
 
 
 def syncfs(fd: int) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from holdfast.machine import ports
+from holdfast.machine.guest_image import GuestImage  # noqa: TC001  msgspec reads the type
 from holdfast.machine.sandbox import CONTROLLERS, LUNS
-
-if TYPE_CHECKING:
-    from holdfast.machine.guest_image import GuestImage
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 #: Changes whenever the command line changes in a way that a saved machine would not fit.

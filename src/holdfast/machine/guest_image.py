@@ -119,6 +119,11 @@ def find(
     return None
 
 
+def load(data: Path, id: str) -> GuestImage | None:
+    """The guest of that id, of whatever files it was built, if it is there."""
+    return _load(data / "guests" / id / "guest.json") if re.fullmatch("[0-9a-f]{1,64}", id) else None
+
+
 def build(
     data: Path,
     *,

@@ -39,7 +39,7 @@ _MODULES = (
     "traceback", "tty", "zlib",
 )  # fmt: skip
 #: The parts of the package that the agent is made of.
-AGENT_PARTS = ("__init__.py", "errors.py", "wire", "mounts", "linux", "guest")
+AGENT_PARTS = ("__init__.py", "errors.py", "trace.py", "wire", "mounts", "linux", "guest")
 LAUNCHER = Path(holdfast.__file__).parent / "guest/launch.py"
 # A virtio-scsi controller has 256 targets, and probing all of four controllers takes 0.12 s emulated.  The guest
 # starts without disks; the launcher turns scanning on again before any can come.
@@ -47,7 +47,8 @@ _MODULE_OPTIONS = {"scsi_mod": ("scan=manual",)}
 _EMPTY_FOLDERS = ("/dev", "/etc", "/mnt", "/proc", "/root", "/run", "/sys", "/tmp", "/usr/sbin", "/var")
 _LINKS = {
     "/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64", "/var/run": "../run",
-    "/etc/mtab": "../proc/self/mounts", "/usr/bin/sh": "busybox", "/usr/sbin/mkfs.ext4": "mke2fs",
+    "/etc/machine-id": "../run/machine-id", "/etc/mtab": "../proc/self/mounts",
+    "/usr/bin/sh": "busybox", "/usr/sbin/mkfs.ext4": "mke2fs",
 }  # fmt: skip
 _TEXTS = {
     "/etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",

@@ -9,24 +9,29 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import Exhausted, HoldfastError, MachineFailed, ProtocolError, TimedOut
+from holdfast import trace
+from holdfast.errors import Exhausted, HoldfastError, MachineFailed, ProtocolError, TimedOut, Unsupported
 from holdfast.machine import migration, ports
 from holdfast.machine.config import MachineConfig, Wiring, command_line
 from holdfast.machine.console import Console
+from holdfast.machine.disk_copies import Copies
+from holdfast.machine.disks import DiskFile, Disks
+from holdfast.machine.frozen import Origin, freeze
 from holdfast.machine.process import FIRST_FD, Child
-from holdfast.machine.sandbox import Slot
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from holdfast.machine.qmp import Qmp
+    from holdfast.machine.sandbox import Slot
 
-HELLO_SECONDS = 5.0
+#: One that runs already may have much to do, and so may the host.
+HELLO_SECONDS = 30.0
 BOOT_SECONDS = 90.0
-_UNPLUG_SECONDS = 10.0
-#: Formats whose drivers QEMU calls otherwise.
-_DRIVERS = {"vhd": "vpc"}
+#: The guest may have to write back to shares first.
+_FREEZE_SECONDS = 60.0
+_READ = os.O_RDONLY | os.O_CLOEXEC
 
 
 class VirtualMachine:
@@ -46,7 +51,12 @@ class VirtualMachine:
         self._console: Console
         self._watcher: asyncio.Task[None] | None = None
         self.closing = False
+        #: What no other guest has: ``hostname``, ``machine_id``, ``boot_id``; empty if it was booted to be saved.
+        self.identity: dict[str, str] = {}
+        self.disks: Disks
+        self._origin: Origin | None = None
         self._no_space: Exhausted | None = None
+        self._trace = trace.Remote()
 
     @property
     def pid(self) -> int:
@@ -70,58 +80,24 @@ class VirtualMachine:
     # -- disks --------------------------------------------------------------------------------
 
     async def plug_disk(self, slot: Slot, disk_fd: int, disk_format: str, read_only: bool, block_device: bool) -> None:
-        """See :meth:`Sandbox.plug_disk`.  Ids are deterministic, so that what is plugged in can be asked for."""
-        node, device, fdset = _names(slot)
-        driver = "host_device" if block_device else "file"
-        file = {"driver": driver, "filename": f"/dev/fdset/{fdset}", "read-only": read_only, "discard": "unmap"}
-        options: dict[str, Any] = {
-            "node-name": node, "driver": _DRIVERS.get(disk_format, disk_format), "read-only": read_only,
-            "discard": "unmap", "file": file,
-        }  # fmt: skip
-        if disk_format == "qcow2":  # never opens another file by itself, whatever the image says
-            options["backing"] = None
-        await self._qmp.add_fd(fdset, disk_fd)
-        try:
-            await self._qmp.execute("blockdev-add", options)
-            await self._qmp.execute("device_add", {
-                "driver": "scsi-hd", "id": device, "bus": f"scsi{slot.controller}.0", "channel": 0, "scsi-id": 0,
-                "lun": slot.lun, "drive": node, "serial": device,
-                # A full host disk stops the guest before it sees anything (see _on_no_space): told of a failed write,
-                # it would drop the page and read back something else later.
-                "werror": "enospc", "rerror": "report",
-            })  # fmt: skip
-        except BaseException as error:
-            # Whether an interrupted command ran cannot be known: everything is taken back, in any case.
-            await asyncio.shield(self._take_back(slot, error))
-            raise
-
-    async def _take_back(self, slot: Slot, error: BaseException) -> None:
-        try:
-            await self.unplug_disk(slot)
-        except HoldfastError as left:
-            if isinstance(error, HoldfastError):
-                error.causes += (left,)
+        """See :meth:`Sandbox.plug_disk`."""
+        await self.disks.plug(slot, [DiskFile(disk_fd, disk_format, block_device)], read_only=read_only)
 
     async def unplug_disk(self, slot: Slot) -> None:
-        """See :meth:`Sandbox.unplug_disk`: the slot is free only when QEMU has said that the device is gone."""
-        _, device, _ = _names(slot)
-        await self._qmp.delete_device(device, _UNPLUG_SECONDS)
-        await self._forget(slot)
-
-    async def _forget(self, slot: Slot) -> None:
-        node, _, fdset = _names(slot)
-        await self._qmp.execute_if_there("blockdev-del", {"node-name": node})
-        await self._qmp.execute_if_there("remove-fd", {"fdset-id": fdset})
+        """See :meth:`Sandbox.unplug_disk`."""
+        await self.disks.unplug(slot)
 
     async def resize_disk(self, slot: Slot, size_bytes: int) -> None:
         """See :meth:`Sandbox.resize_disk`."""
-        await self._qmp.execute("block_resize", {"node-name": _names(slot)[0], "size": size_bytes})
+        await self.disks.resize(slot, size_bytes)
 
     async def plugged(self) -> set[Slot]:
         """See :meth:`Sandbox.plugged`."""
-        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
-        slots = {tuple(name[1:].split("-")) for node in nodes if (name := str(node["node-name"]))[:1] == "d"}
-        return {Slot(int(controller), int(lun)) for controller, lun in slots}
+        return await self.disks.plugged()
+
+    async def traffic(self) -> dict[str, tuple[int, int]]:
+        """See :meth:`PodSandbox.traffic`."""
+        return await self.disks.traffic()
 
     async def occupied(self) -> set[str]:
         """Every place in which something was plugged since the start, as QEMU has it: see :func:`ports.place_of`."""
@@ -143,14 +119,74 @@ class VirtualMachine:
         """See :func:`ports.unplug_function`."""
         await ports.unplug_function(self._qmp, port)
 
-    async def traffic(self) -> dict[str, tuple[int, int]]:
-        """Bytes that the guest has read from each disk and written to it, by slot."""
-        found = await self._qmp.execute("query-blockstats", {})
-        return {
-            str(name[1:].replace("-", ":")): (int(one["stats"]["rd_bytes"]), int(one["stats"]["wr_bytes"]))
-            for one in found
-            if (name := str(one.get("node-name", "")))[:1] == "d" and name[1:].replace("-", "").isdecimal()
-        }
+    # -- freezing -----------------------------------------------------------------------------
+
+    async def freeze(
+        self, overlays: dict[Slot, int], copies: dict[Slot, int], on_stop: Callable[[], None] = lambda: None
+    ) -> tuple[Origin, dict[Slot, tuple[DiskFile, ...]]]:
+        """The machine's RAM, devices and disks as they are at one moment; the machine goes on, but for that moment.
+
+        Args:
+            overlays: for each writable disk an empty file, open for writing, that takes what is written from then on.
+            copies: for each that is to go on as it is, an empty file that becomes a copy of it.  All these descriptors
+                stay the caller's.
+            on_stop: called when the guest has said all that it had to say, and stands still.
+
+        Returns:
+            What a copy is to be started from, its descriptors the caller's, and the files of those disks, which nobody
+            ever writes to again; their descriptors are ours, or those of ``copies``.
+
+        Raises:
+            Unsupported: it was booted, not started from a save; or a disk was frozen too often.
+            MachineFailed: QEMU refused.  Nothing has changed then.
+        """
+        origin = self._origin
+        if origin is None:
+            raise Unsupported(
+                "freeze machine", why="it was booted, not started from a template", code="not-forkable",
+                hint="start the pod again, without --template none",
+            )  # fmt: skip
+        copying = Copies(self._qmp, self.disks, copies)
+
+        async def at_stop() -> None:
+            on_stop()
+            copying.at_stop()
+            actions = [*copying.actions(), *(self.disks.overlay_action(slot) for slot in overlays)]
+            if actions:
+                await self._qmp.execute("transaction", {"actions": actions})
+                self.disks.overlaid(overlays)
+
+        try:
+            await copying.prepare()
+            for slot, fd in overlays.items():
+                await self.disks.make_overlay(slot, fd)
+            quiet, wake, size = self._quieten, self._wake, self.config.memory_bytes
+            frozen = await freeze(self._qmp, self.pid, origin, size, before=quiet, at_stop=at_stop, after=wake)
+            try:
+                files = await copying.finish()
+            except BaseException:
+                frozen.close()
+                raise
+        finally:
+            for slot in overlays:  # those that were not put on top
+                await self.disks.drop_overlay(slot)
+            await copying.close()
+        return frozen, {slot: self.disks.files(slot)[:-1] for slot in overlays} | files
+
+    async def _quieten(self) -> None:
+        """Has the agent finish what it says and listen: see the agent's ``freeze``."""
+        await self._agent.request("freeze", {}, _FREEZE_SECONDS, last=True)
+
+    async def _wake(self) -> None:
+        self._agent.go_on()
+        await self._agent.request("thaw", {}, HELLO_SECONDS)
+
+    async def make_unique(self, hostname: str) -> None:
+        """Gives the guest what no other has, before anything runs in it; one that cannot be made so is not used."""
+        params = {"time_ns": time.time_ns(), "entropy": os.urandom(64).hex(), "hostname": hostname}
+        params["trace"] = trace.is_on()
+        self.identity = await self.request("resume", params, HELLO_SECONDS)
+        trace.mark("agent has resumed")
 
     def last_lines(self) -> str:
         """What the guest, or QEMU, printed last."""
@@ -167,6 +203,14 @@ class VirtualMachine:
         self._fail(MachineFailed("use the machine", why="it was closed", code="machine-closed"))
         await self._qmp.close()
         self._console.close()
+        self.disks.close()
+        self.forget_origin()
+
+    def _on_event(self, name: str, params: dict[str, Any]) -> None:
+        if name == "trace":
+            self._trace.mark(params)
+        else:
+            self.on_event(name, params)
 
     def _on_no_space(self, node: str) -> None:
         """The host's disk is full under a disk of the guest, and QEMU has stopped it: the machine ends, and says why.
@@ -201,6 +245,16 @@ class VirtualMachine:
         self._qmp.fail(error)
         self._fail(error)
 
+    def keep_origin(self, ram_fd: int, state_fd: int) -> None:
+        """What it is started from, to be kept for freezing; the descriptors become ours."""
+        self._origin = Origin(ram_fd, state_fd)
+
+    def forget_origin(self) -> None:
+        """Closes what it was started from."""
+        if self._origin is not None:
+            self._origin.close()
+            self._origin = None
+
     async def start(self, wiring: Wiring, console_log: str, qmp_end: socket.socket, agent_end: socket.socket,
                     fds: list[int]) -> None:  # fmt: skip
         """Spawns QEMU; see :func:`start`."""
@@ -212,13 +266,15 @@ class VirtualMachine:
             raise
         finally:
             os.close(writer)
+        trace.mark("QEMU spawned")
         self._console = Console(reader, console_log)
         # QEMU needs its time to start; importing its protocol's library meanwhile costs nothing.
         from holdfast.machine.qmp import Qmp
 
         self._qmp = Qmp(qmp_end, self._on_no_space)
+        self.disks = Disks(self._qmp)
         self._agent = Connection(
-            on_event=lambda name, params: self.on_event(name, params),
+            on_event=self._on_event,
             on_lost=lambda: None,  # only QEMU's end closes it, and _watch says better why
         )
         await asyncio.get_running_loop().create_connection(lambda: self._agent, sock=agent_end)
@@ -237,6 +293,9 @@ async def start(
     state_fd: int = -1,
     boot_seconds: float = BOOT_SECONDS,
     hold_fd: int = -1,
+    hostname: str = "",
+    ram_fd: int = -1,
+    plug: Callable[[VirtualMachine], Awaitable[None]] | None = None,
 ) -> VirtualMachine:
     """Starts a machine and waits for its agent.
 
@@ -248,6 +307,11 @@ async def start(
         state_fd: saved device state to start from; -1 boots.
         boot_seconds: how long a boot may take.
         hold_fd: a descriptor that QEMU keeps open besides: a lock that is free only when QEMU, too, is gone.
+        hostname: the guest's.  With it comes all else that makes a guest different from others, which one that starts
+            from a state gets in any case, and one that is booted to be saved has no use for.
+
+        ram_fd: the file of the guest's RAM, open, if it has no path.
+        plug: plugs in what was plugged in when the state was saved; called before that is loaded.
 
     Raises:
         MachineFailed: QEMU or the guest failed; carries the console's last lines.
@@ -257,19 +321,32 @@ async def start(
     qmp_ours, qmp_theirs = socket.socketpair()
     agent_ours, agent_theirs = socket.socketpair()
     with qmp_theirs, agent_theirs:
-        wiring = Wiring(ram_path, ram_shared, export, FIRST_FD, FIRST_FD + 1, state_fd >= 0)
         try:
             fds = [qmp_theirs.fileno(), agent_theirs.fileno(), *([hold_fd] if hold_fd >= 0 else [])]
+            if ram_fd >= 0:
+                ram_path = f"/proc/self/fd/{FIRST_FD + len(fds)}"
+                fds.append(ram_fd)
+            wiring = Wiring(ram_path, ram_shared, export, FIRST_FD, FIRST_FD + 1, state_fd >= 0)
+            if state_fd >= 0:
+                machine.keep_origin(os.dup(ram_fd) if ram_fd >= 0 else os.open(ram_path, _READ), os.dup(state_fd))
             await machine.start(wiring, console_log, qmp_ours, agent_ours, fds)
         except BaseException:
             qmp_ours.close()
             agent_ours.close()
+            machine.forget_origin()
             raise
     try:
         await machine.qmp.connect(HELLO_SECONDS)
+        trace.mark("QEMU has greeted")
+        if plug is not None:
+            await plug(machine)
         if state_fd >= 0:
             await migration.restore(machine.qmp, state_fd)
-        await _greet(machine, None if state_fd >= 0 else boot_seconds)
+            trace.mark("restored")
+        await machine.agent.synchronise(HELLO_SECONDS if state_fd >= 0 else boot_seconds)
+        trace.mark("agent has answered")
+        if state_fd >= 0 or hostname:
+            await machine.make_unique(hostname or "holdfast")
     except TimedOut as error:
         error.why += f"; last on its console: {machine.last_lines()}"
         await asyncio.shield(machine.close())
@@ -278,16 +355,3 @@ async def start(
         await asyncio.shield(machine.close())
         raise
     return machine
-
-
-async def _greet(machine: VirtualMachine, boot_seconds: float | None) -> None:
-    await machine.agent.synchronise(boot_seconds or HELLO_SECONDS)
-    if boot_seconds is None:
-        params = {"time_ns": time.time_ns(), "entropy": os.urandom(64).hex(), "hostname": "holdfast"}
-        await machine.request("resume", params, HELLO_SECONDS)
-
-
-def _names(slot: Slot) -> tuple[str, str, int]:
-    """Block node, device id and descriptor set of a slot."""
-    name = f"{slot.controller}-{slot.lun}"
-    return f"d{name}", f"disk{name}", 1000 + slot.controller * 64 + slot.lun

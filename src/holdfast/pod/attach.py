@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError, InvalidInput, NotFound, Unsupported
 from holdfast.mounts.options import split
+from holdfast.pod.snapshot import FrozenAttached
 from holdfast.spec.disk_options import BLOCKDEV, PREFIX
 from holdfast.spec.runtime import DISK_TYPES, clean_path, spec_from_raw
-from holdfast.storage import volumes
+from holdfast.storage import rootless, volumes
 from holdfast.storage.attachments import GUEST_SECONDS, while_alive
-from holdfast.storage.plan import check_shares, mount_step
+from holdfast.storage.mount_plan import check_shares, mount_step
 from holdfast.storage.survey import survey
 
 if TYPE_CHECKING:
@@ -42,6 +44,19 @@ class HotAttach:
         self._count = 0
         containers.on_released = self.forget_container
 
+    def freeze(self) -> FrozenAttached:
+        """Everything, as data."""
+        attached = {holder: (a.guest_path, a.container, a.destination) for holder, a in self._attached.items()}
+        return FrozenAttached(attached, self._count)
+
+    def adopt(self, frozen: FrozenAttached) -> None:
+        """Takes over what another pod had, of which this one is a copy; the engine holds the storage already."""
+        self._count = frozen.count
+        for holder, (path, container, destination) in frozen.attached.items():
+            self._attached[holder] = Attached(path, container, destination)
+            if container:
+                self._engine.also_release(holder, "mount in container", partial(self._unbind, holder))
+
     async def attach(self, raw: dict[str, Any], container: str = "") -> dict[str, Any]:
         """Attaches what a mount names; returns ``{"guest_path": ...}``.
 
@@ -63,6 +78,8 @@ class HotAttach:
         step = mount_step(0, mount, sources, [], self._engine.snapshot().disks)
         if step is None:
             raise InvalidInput("attach", subject=mount.type, why="only disks, volumes and host directories can be")
+        if self._containers.rootless:
+            rootless.check_steps((step,))
         writable = not container or self._containers.may_write_to_shares(container)
         check_shares((step,), writable=writable and self._engine.snapshot().writable_shares)
         if container:

@@ -73,6 +73,10 @@ class Client:
         self.closed = True
         self._socket.close()
 
+    def fileno(self) -> int:
+        """Of the connection, to wait for its end."""
+        return self._socket.fileno()
+
     def shut_down(self) -> None:
         """Says that no more requests come; what the monitor still sends can be read."""
         with contextlib.suppress(OSError):  # the monitor may be gone already

@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from holdfast import trace
 from holdfast.errors import HoldfastError, InUse, NotFound
+from holdfast.pod.gate import Gate
 from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
+from holdfast.pod.snapshot import FrozenContainers
 from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
 from holdfast.spec.checks import check
 from holdfast.spec.hints import match
 from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
-from holdfast.storage import volume_plan, volumes
+from holdfast.storage import kubelet, rootless, volume_plan, volumes
 from holdfast.storage.pci import add_nodes
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot, plan_container
 from holdfast.storage.survey import look, survey
@@ -55,11 +59,14 @@ class Containers:
 
     Args:
         tmp: what becomes of ``/tmp`` if no annotation says it: in a pod without a machine, memory is the host's.
+        rootless: the pod has neither a machine nor the rights of the host's root.
     """
 
     def __init__(
-        self, pod: str, folder: Path, machine: PodSandbox, engine: Engine, *, tmp: TmpPolicy = "auto"
+        self, pod: str, folder: Path, machine: PodSandbox, engine: Engine, *, tmp: TmpPolicy = "auto",
+        rootless: bool = False, gate: Gate | None = None,
     ) -> None:  # fmt: skip
+        self.rootless = rootless
         self._pod = pod
         self._tmp = tmp
         self._last: set[str] = set()
@@ -71,6 +78,7 @@ class Containers:
         self._processes: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._execs = 0
+        self._gate = gate or Gate()
         #: Called when a container has ended and what it held has been let go of, as far as that went.
         self.on_released: Callable[[str], Awaitable[None]] = _nothing
         machine.on_event = self._on_event
@@ -79,7 +87,7 @@ class Containers:
 
     def plan(self, request: ContainerRequest) -> Plan:
         """The plan for a container in this pod as it is now; nothing is touched."""
-        return make_plan(request, self._engine.data, self._engine)
+        return make_plan(request, self._engine.data, self._engine, without_root=self.rootless)
 
     async def run(self, client: Connection, request: ContainerRequest) -> dict[str, Any]:
         """Runs a container; returns when its process has been started.
@@ -87,12 +95,18 @@ class Containers:
         Raises:
             HoldfastError: what is wrong; nothing of the container is left.
         """
+        async with self._gate.changing():
+            return await self._run(client, request)
+
+    async def _run(self, client: Connection, request: ContainerRequest) -> dict[str, Any]:
         name = check_name(request.name, "container")
         if name in self._infos and self._infos[name].state in ("starting", "running"):
             raise InUse("run container", subject=name, why="the pod has one of this name", code="container-exists")
         if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now
             await self._engine.release(name)
+        trace.mark("asked to run")
         plan = self.plan(request)
+        trace.mark("plan")
         self._engine.say_hints(name, plan.hints)  # before others plan
         for text in plan.warnings:
             client.event("say", {"text": text})
@@ -100,11 +114,13 @@ class Containers:
         self._infos[name] = ContainerInfo(name, self._pod, "starting", request.image, args, time.time_ns())
         try:
             held = await self._engine.prepare(name, plan.steps)
+            trace.mark("storage is ready")
             try:
                 spec = plan.rewritten(held.paths)
                 add_nodes(spec, held.nodes)
                 self._engine.also_release(name, "container", lambda: self._delete(name))
                 pid = await self._start(client, request, spec)
+                trace.mark("container has started")
             except BaseException as error:
                 await asyncio.shield(self._give_up(name, error))
                 raise
@@ -131,6 +147,8 @@ class Containers:
         params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
         if isinstance(request.root, LayeredRoot):
             params["root"] = {"mode": request.root.mode, "uid": request.root.uid, "gid": request.root.gid}
+        if isinstance(request.root, DirectoryRoot) and not request.root.read_only:
+            params["host_root"] = True  # mount points must not stay in it
         params["tmp"] = volume_plan.tmp_if_empty(spec_from_raw(spec, request.name), self._tmp)
         terminal = bool(spec["process"].get("terminal"))
         return await self._launch(client, "start", request.name, request.stdio, terminal, params)
@@ -155,8 +173,9 @@ class Containers:
         self._execs += 1
         key = f"{request.container}.exec{self._execs}"
         params = {"container": request.container, "key": key, "process": process, "user": request.user}
-        pid = await self._launch(client, "exec", key, request.stdio, request.terminal, params)
-        self._background(self._end_exec(key))
+        async with self._gate.changing():
+            pid = await self._launch(client, "exec", key, request.stdio, request.terminal, params)
+            self._background(self._end_exec(key))
         return {"pid": pid, "key": key}
 
     async def _launch(
@@ -210,6 +229,7 @@ class Containers:
             code = params.get("code")
             if process is not None and isinstance(code, int) and not process.code.done():
                 process.code.set_result(code & 0xFF)
+                trace.mark("container has ended")
 
     async def _ended(self, key: str) -> int:
         """Waits for a process's end and for the last byte of its output; the code is -1 when the machine died."""
@@ -226,9 +246,7 @@ class Containers:
             await self._code_or_death(process)
         if process.code.done() and (process.client is None or process.client.error is None):
             await asyncio.wait(process.pumps) if process.pumps else None
-        code = process.code.result() if process.code.done() else -1
-        self._forget(process)
-        return code
+        return process.code.result() if process.code.done() else -1
 
     async def _code_or_death(self, process: Process) -> None:
         waiters: set[asyncio.Future[Any]] = {process.code, self._machine.died}
@@ -244,6 +262,11 @@ class Containers:
     async def _finish(self, name: str) -> None:
         client = self._processes[name].client
         code = await self._ended(name)
+        async with self._gate.changing():
+            await self._finished(name, client, code)
+
+    async def _finished(self, name: str, client: Connection | None, code: int) -> None:
+        self._forget(self._processes[name])
         why = self._machine.describe_death().why if code < 0 else ""
         state = "failed" if code < 0 else "exited"
         self._infos[name] = msgspec.structs.replace(self._infos[name], state=state, code=code, why=why)
@@ -263,6 +286,7 @@ class Containers:
     async def _end_exec(self, key: str) -> None:
         client = self._processes[key].client
         code = await self._ended(key)
+        self._forget(self._processes[key])
         if client is not None:
             client.event("exit", self._exit_event(key, code))
 
@@ -274,6 +298,47 @@ class Containers:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    # -- copies of the pod --------------------------------------------------------------------
+
+    def freeze(self) -> FrozenContainers:
+        """Everything, as data; for who keeps it from changing meanwhile."""
+        running = {key: p.code.result() if p.code.done() else -1 for key, p in self._processes.items()}
+        return FrozenContainers(self.infos(), dict(self._specs), running, self._execs)
+
+    def adopt(self, frozen: FrozenContainers, connected: dict[str, list[int]]) -> None:
+        """Takes over the containers of another pod, of which this one is a copy.
+
+        What they write goes to this pod's log; who was connected to them still is, to those of the other pod.
+
+        Args:
+            connected: processes that the guest has -> their streams, the first for input or 0, the others for output.
+                Of others, :meth:`take_ends` is to say how they ended.
+        """
+        self._execs = frozen.execs
+        self._specs = dict(frozen.specs)
+        for info in frozen.infos:
+            self._infos[info.name] = msgspec.structs.replace(info, pod=self._pod)
+            if self._engine.holds(info.name):
+                self._engine.also_release(info.name, "container", partial(self._delete, info.name))
+        agent = self._machine.agent
+        for key, code in frozen.processes.items():
+            process = self._processes[key] = Process(key, None, detach=True)
+            if code >= 0:
+                process.code.set_result(code)
+            elif key in connected:
+                stdin, *outputs = connected[key]
+                streams = [agent.open_stream(channel) for channel in outputs]
+                log = _Log(self._folder / f"{key}.log")
+                process.pumps += [asyncio.ensure_future(log.take(stream)) for stream in streams]
+                # Whoever reads from it waits, as if nobody said anything.
+                process.streams = [*streams, *([agent.open_stream(stdin)] if stdin and stdin not in outputs else [])]
+            self._background(self._finish(key) if key in self._infos else self._end_exec(key))
+
+    def take_ends(self, ended: dict[str, int]) -> None:
+        """What the guest says of processes that ended after the copy was made, and before anybody listened."""
+        for key, code in ended.items():
+            self._on_event("exit", {"key": key, "code": code})
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -332,23 +397,32 @@ class Containers:
         return self._infos[name].code
 
 
-def make_plan(request: ContainerRequest, data: Path, engine: Engine | None = None) -> Plan:
-    """The plan for a container: the specification checked, its sources looked at, its steps ordered."""
+def make_plan(
+    request: ContainerRequest, data: Path, engine: Engine | None = None, *, without_root: bool = False
+) -> Plan:  # fmt: skip
+    """The plan for a container: the specification checked, its sources looked at, its steps ordered.
+
+    Args:
+        without_root: what takes the host's root is refused.
+    """
     spec = spec_from_raw(request.spec, request.name)
     check(spec, request.name)
     tree = volume_plan.whole_tree(spec)
     document = {**request.spec, "mounts": tree.raw_mounts(request.spec.get("mounts") or [])}
+    snapshot = engine.snapshot() if engine else None
+    document, hints, own = kubelet.understand(document, snapshot.hints if snapshot else ())
     spec = spec_from_raw(document, request.name)
     spec = msgspec.structs.replace(spec, mounts=volumes.resolve(spec.mounts, data))
     sources = survey(spec.mounts, (*DISK_TYPES, volumes.KIND))
     if isinstance(request.root, DirectoryRoot):
         sources[request.root.path] = look(request.root.path)
-    snapshot = engine.snapshot() if engine else None
-    hints, own = volume_plan.pod_hints(spec, snapshot.hints if snapshot else ())
     for hint in hints:
         if hint.kind == "bind" and any(match((hint,), mount) for mount in spec.mounts):
             sources[hint.source] = look(hint.source)
     plan = plan_container(request.name, document, spec, request.root, sources, snapshot, hints)
+    if without_root:
+        rootless.check_steps(plan.steps)
+        rootless.check_limits(document)
     return msgspec.structs.replace(plan, hints=own, warnings=tree.warnings)
 
 

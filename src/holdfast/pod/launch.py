@@ -11,18 +11,23 @@ import errno
 import fcntl
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import msgspec
 
+from holdfast import trace
 from holdfast.errors import InUse, InvalidInput, Unsupported
+from holdfast.linux import user_namespaces
 from holdfast.machine.config import MOST_CPUS
+from holdfast.pod import early, pool
 from holdfast.pod.client import Client
 from holdfast.pod.messages import PodRequest
 from holdfast.storage.journal import Journal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from holdfast.pod.snapshot import Snapshot
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 #: sun_path holds 108 bytes (unix(7)); what is left for the state root and the pod's name.
@@ -30,7 +35,7 @@ _SOCKET_PATH_BYTES = 107
 
 _TRIES = 5
 
-_START = "import sys; sys.path[:] = {path!r}; from holdfast.pod.monitor import main; main()"
+_START = early.START
 
 
 def check_name(name: str, what: str = "pod") -> str:
@@ -47,8 +52,11 @@ def check_name(name: str, what: str = "pod") -> str:
     return name
 
 
-def launch(request: PodRequest) -> Client:
+def launch(request: PodRequest, snapshot: Snapshot | None = None) -> Client:
     """Starts a pod's monitor; returns the first client's connection, on which ``start`` waits for the machine.
+
+    Args:
+        snapshot: what it goes on from; its descriptors stay the caller's.
 
     Raises:
         InUse: a pod of this name exists.
@@ -64,13 +72,24 @@ def launch(request: PodRequest) -> Client:
             "start pod", subject=socket_path, why="longer than a socket's path may be", code="path-too-long",
             hint="use a shorter --root or --name",
         )  # fmt: skip
+    if snapshot is None and (taken := pool.take(request)) is not None:
+        trace.mark("pod taken from the pool")
+        return taken
+    return start_monitor(request, snapshot)
+
+
+def start_monitor(request: PodRequest, snapshot: Snapshot | None = None) -> Client:
+    """Starts the monitor of a pod that has been checked; see :func:`launch`."""
+    root = Path(request.root)
     with Journal(root) as journal:
-        lock_fd = _reserve(journal, folder)
+        lock_fd = _reserve(journal, root / "pods" / request.name)
+    trace.mark("pod's name and lock")
     try:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            _spawn(request, lock_fd, theirs.fileno())
-        return Client(ours)
+        fds = tuple(snapshot.fds) if snapshot is not None else ()
+        request = msgspec.structs.replace(request, snapshot=fds)
+        connection = (early.take() or early.EarlyMonitor(_START)).tell(msgspec.json.encode(request), [lock_fd, *fds])
+        trace.mark("monitor has been told")
+        return Client(socket.socket(fileno=connection))
     except BaseException:
         with Journal(root) as journal:
             os.close(lock_fd)
@@ -108,11 +127,29 @@ def _try_to_reserve(journal: Journal, folder: Path) -> int:
         journal.collect(new.name)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise InUse(
-            "start pod", subject=folder.name, why="a pod of this name exists", code="pod-exists",
-            hint=f"choose another name, or: holdfast pod remove {folder.name}",
-        ) from None  # fmt: skip
+        raise _exists(folder.name) from None
     return lock_fd
+
+
+def check_new(root: Path, name: str) -> None:
+    """Says early what :func:`launch` would: for who has much to do before.
+
+    Raises:
+        InvalidInput: it is no name for a pod.
+        InUse: a pod of this name lives.
+    """
+    check_name(name)
+    if (root / "journal.db").exists():  # a journal is made when it is opened
+        with Journal(root) as journal:
+            if journal.is_alive(name):
+                raise _exists(name)
+
+
+def _exists(name: str) -> InUse:
+    return InUse(
+        "start pod", subject=name, why="a pod of this name exists", code="pod-exists",
+        hint=f"choose another name, or: holdfast pod remove {name}",
+    )  # fmt: skip
 
 
 def _check_machine(request: PodRequest) -> None:
@@ -145,21 +182,10 @@ def _check_namespace(request: PodRequest) -> None:
                 "start pod", subject=option, why=f"a pod in namespaces has no machine: {why}",
                 code="isolation-unsupported", hint="leave it out, or use --isolation vm",
             )  # fmt: skip
-    if os.geteuid():
+    if os.geteuid() and (why := user_namespaces.refusal()):
         raise Unsupported(
-            "start pod", subject="--isolation namespace", code="needs-root",
-            why="without root there are no loop devices, and the kernel mounts no disks in a user namespace",
-            hint="run it as root",
+            "start pod", subject="--isolation namespace", code="no-user-namespaces",
+            why=f"without root it takes a user namespace, and this host lets users have none: {why}",
+            hint="run it as root, or allow them: sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone and"
+            " kernel.apparmor_restrict_unprivileged_userns",
         )  # fmt: skip
-
-
-def _spawn(request: PodRequest, lock_fd: int, client_fd: int) -> None:
-    program = _START.format(path=[path for path in sys.path if path])
-    argv = [
-        sys.executable, "-I", "-S", "-c", program, msgspec.json.encode(request).decode(), str(lock_fd), str(client_fd),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        argv, pass_fds=[lock_fd, client_fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=None if os.environ.get("HOLDFAST_DEBUG") else subprocess.DEVNULL, cwd="/",
-    )  # fmt: skip
-    process.wait()  # it forks the monitor and ends at once

@@ -23,6 +23,10 @@ class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         writable_shares: whether containers may get shares of the host that they can write to.
         pmem: how much persistent memory there may be for layers.
         ports: whether there are places for assigned devices.
+        snapshot: what it goes on from, if it is a copy of another pod: the monitor's numbers of the descriptors; see
+            :class:`~holdfast.pod.snapshot.Snapshot`.
+        template: name of the template that the snapshot is of, if it is of one.
+        pooled: its machine starts, and waits until somebody wants a pod; see :mod:`holdfast.pod.pool`.
     """
 
     name: str
@@ -36,6 +40,9 @@ class PodRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     writable_shares: bool = True
     pmem: PmemLimits = PmemLimits()
     ports: bool = False
+    snapshot: tuple[int, ...] = ()
+    template: str = ""
+    pooled: bool = False
 
 
 class Stdio(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -113,7 +120,7 @@ class PodInfo(msgspec.Struct, frozen=True):
     """A pod as ``ps`` and ``inspect`` show it.
 
     Attributes:
-        state: ``starting``, ``running`` or ``failed``.
+        state: ``starting``, ``ready`` (for who wants a pod), ``running`` or ``failed``.
         pid: the monitor's, on the host.
         qemu_pid: QEMU's; of a pod in namespaces, the agent's.
         memory_bytes, cpus: the machine's; 0 if it has none.

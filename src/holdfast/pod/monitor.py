@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,15 +15,26 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """Entry point: ``argv[1]`` is a :class:`PodRequest`, ``argv[2]`` the lock's and ``argv[3]`` the first client's fd.
+    """Entry point: reads its modules, and then from its socket which pod it is of: see :mod:`holdfast.pod.early`.
 
     Becomes a daemon by the fork that the PID namespace needs anyway: the child is its first process, and
     the parent tells it its number, as the host sees it, and exits.
     """
-    from holdfast.linux import syscalls
+    from holdfast import trace
+    from holdfast.linux import syscalls, user_namespaces
+    from holdfast.pod import early
 
-    lock_fd, client_fd = int(sys.argv[2]), int(sys.argv[3])
-    os.setsid()
+    trace.open_trace("monitor")
+    trace.mark("interpreter")
+    from holdfast.pod.service import serve
+
+    trace.mark("modules")
+    request, fds = early.receive(early.SOCKET_FD)
+    if not request:
+        os._exit(0)
+    trace.mark("told which pod")
+    if os.geteuid():  # its root may have the others
+        user_namespaces.enter()
     syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID)
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_SLAVE)
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -35,16 +45,14 @@ def main() -> NoReturn:
     host_pid = int(os.read(reader, 32))
     os.close(reader)
     os.close(writer)
-    os.set_inheritable(lock_fd, False)
-    os.set_inheritable(client_fd, False)
+    os.set_inheritable(early.SOCKET_FD, False)
     # A guest can make QEMU abort (a 9p name with a slash fails an assertion of 7.2): its memory, which is the pod's, is
     # then not left on the host's disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    trace.mark("namespaces and fork")
     status = 70
     try:
-        from holdfast.pod.service import serve
-
-        status = serve(sys.argv[1].encode(), lock_fd, client_fd, host_pid)
+        status = serve(request, fds, early.SOCKET_FD, host_pid)
     finally:
         os._exit(status)
 

@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import HoldfastError, InvalidInput, NotReleased, TimedOut, from_exception
-from holdfast.linux import syscalls
-from holdfast.machine import accelerator, cgroups, guest_image, namespace, ports, template, vm
-from holdfast.machine.config import MIN_MEMORY_BYTES, MachineConfig
+from holdfast import trace
+from holdfast.errors import HoldfastError, InUse, InvalidInput, NotReleased, TimedOut, from_exception
+from holdfast.linux import priority, syscalls, user_namespaces
+from holdfast.machine import cgroups, namespace, ports, template, vm
+from holdfast.machine.choosing import choose_machine
 from holdfast.pod.attach import HotAttach
 from holdfast.pod.containers import Containers
+from holdfast.pod.freezer import freeze
+from holdfast.pod.gate import Gate
+from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
+from holdfast.pod.snapshot import FrozenPod, Snapshot
+from holdfast.pod.thawing import thaw
+from holdfast.storage.description import describe
 from holdfast.storage.engine import Engine
-from holdfast.storage.journal import Journal
+from holdfast.storage.growing import grow_scratch, grow_volume
+from holdfast.storage.journal import Journal, MachineRow
 from holdfast.storage.pci import Functions
 from holdfast.storage.pmem import PmemLayers
 from holdfast.storage.reconcile import reconcile
@@ -30,6 +38,7 @@ from holdfast.wire.aio import Connection
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from holdfast.machine.config import MachineConfig
     from holdfast.machine.sandbox import PodSandbox
 
 SOCKET = "monitor.sock"
@@ -37,11 +46,18 @@ SOCKET = "monitor.sock"
 _NOISE_BYTES = 1 << 16
 #: How long a guest that writes nothing may take to unmount the user's disks when its pod ends.
 _CLEAN_SECONDS = 20.0
+#: For a guest to make the mounts of its shares anew.
+_RENEW_SECONDS = 30.0
 
 
-def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
-    """Runs the monitor of one pod to its end; returns its exit status."""
-    config = msgspec.json.decode(request, type=PodRequest)
+def serve(request: bytes, fds: list[int], client_fd: int, host_pid: int) -> int:
+    """Runs the monitor of one pod to its end; returns its exit status.
+
+    Args:
+        fds: the pod's lock, and those of the snapshot that it goes on from.
+    """
+    lock_fd, *snapshot = fds
+    config = msgspec.structs.replace(msgspec.json.decode(request, type=PodRequest), snapshot=tuple(snapshot))
     null = os.open("/dev/null", os.O_RDWR)
     for fd in range(2 if os.environ.get("HOLDFAST_DEBUG") else 3):
         os.dup2(null, fd)
@@ -51,6 +67,8 @@ def serve(request: bytes, lock_fd: int, client_fd: int, host_pid: int) -> int:
         # good for everybody on the host who gets at them: what is started from here cannot make any.
         for capability in (syscalls.CAP_MKNOD, syscalls.CAP_SETFCAP):
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
+    if config.pooled:
+        priority.lower()
     return asyncio.run(Service(config, lock_fd, host_pid).run(client_fd))
 
 
@@ -68,13 +86,22 @@ class Service:
         self._created_ns = time.time_ns()
         self._machine: PodSandbox | None = None
         self._machine_config: MachineConfig | None = None
+        self._booted = True
         self._engine: Engine
         self._containers: Containers
         self._attached: HotAttach
         self._pmem: PmemLayers | None = None
         self._guest: dict[str, Any] = {}
         self._ready: asyncio.Future[None]
+        #: For a pod that waits to be taken: done when its machine runs, and when somebody has taken it.
+        self._warm: asyncio.Future[None]
+        self._taken: asyncio.Future[Connection]
+        #: Whose end is the pod's.
+        self._owner: Connection | None = None
         self._ending = asyncio.Event()
+        self._gate = Gate()
+        #: Snapshots that clients have been given, until they say that they have them, or go.
+        self._handed: dict[Connection, Snapshot] = {}
         self._clients: set[Connection] = set()
         self._methods: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Any]]] = {
             "start": self._start,
@@ -90,6 +117,10 @@ class Service:
             "storage": self._storage,
             "inspect": self._inspect,
             "verify": self._verify,
+            "freeze": self._freeze,
+            "thawed": self._thawed,
+            "warm": self._wait_until_warm,
+            "take": self._take,
             "remove": self._remove,
         }
 
@@ -98,8 +129,9 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._ending.set)
-        self._ready = loop.create_future()
+        self._ready, self._warm, self._taken = (loop.create_future() for _ in range(3))
         self._journal.add_pod(self._config.name, self._host_pid, self._config.isolation)
+        trace.mark("journal")
         # Held open to the very end: asyncio closes its own when the client has said that it is done, and the client
         # takes the end of the connection for the end of the pod.
         os.dup(client_fd)
@@ -107,24 +139,32 @@ class Service:
         await loop.create_connection(lambda: first, sock=socket.socket(fileno=client_fd))
         server = await loop.create_unix_server(self._connection, path=str(self._folder / SOCKET))
         starting = asyncio.ensure_future(self._bring_up(first))
-        if self._config.ephemeral:
-            first.lost.add_done_callback(lambda _: self._ending.set())
+        self._own(first if self._config.ephemeral else None)
         await self._ending.wait()
+        trace.mark("pod ends")
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         server.close()
         # What is being done for somebody is undone while the machine still lives.
         await asyncio.gather(*(client.stop_serving() for client in list(self._clients)))
         errors = await self._tear_down()
+        trace.mark("machine is gone")
         try:
             self._journal.forget_pod(self._config.name)
         except (HoldfastError, OSError) as error:  # it stays recorded, for gc
             errors.append(error)
         self._journal.close()
+        trace.mark("pod is forgotten")
         for client in list(self._clients):
             client.event("ended", {"errors": [from_exception(error).as_dict() for error in errors]})
         await asyncio.sleep(0)
         return 1 if errors else 0
+
+    def _own(self, client: Connection | None) -> None:
+        """The pod ends with this client from now on, and with no other."""
+        self._owner = client
+        if client is not None:
+            client.lost.add_done_callback(lambda _: self._ending.set() if self._owner is client else None)
 
     def _connection(self) -> Connection:
         connection = Connection(self._answer)
@@ -136,7 +176,7 @@ class Service:
         handler = self._methods.get(method)
         if handler is None:
             raise InvalidInput("answer request", subject=method, why="unknown", code="unknown-request")
-        if method not in ("start", "inspect", "remove"):
+        if method not in ("start", "inspect", "remove", "warm", "take"):
             await asyncio.shield(self._ready)
         return await handler(client, params)
 
@@ -145,25 +185,67 @@ class Service:
     async def _bring_up(self, client: Connection) -> None:
         try:
             self._mount_export()
-            self._machine = await self._start_sandbox(lambda text: client.event("say", {"text": text}))
-            self._machine.export = str(self._export)
-            self._engine = Engine(
-                self._machine, self._journal, self._config.name, Path(self._config.data),
-                writable_shares=self._config.writable_shares, pmem=self._make_pmem(self._machine),
-                functions=self._make_functions(self._machine),
-            )  # fmt: skip
+            trace.mark("folder of shares")
+            record = await self._thaw() if self._config.snapshot else None
+            if record is None:
+                self._machine = await self._start_sandbox(lambda text: client.event("say", {"text": text}))
+                self._engine = self._make_engine(self._machine)
+                if self._config.pooled:
+                    self._warm.set_result(None)
+                    client = await self._taken
+                    self._engine = self._make_engine(self._machine)  # of another name, and holding nothing
+            machine = self._machine
+            assert machine is not None
             self._containers = Containers(
-                self._config.name, self._folder, self._machine, self._engine,
+                self._config.name, self._folder, machine, self._engine,
                 tmp="auto" if self._config.isolation == "vm" else "rootfs",
+                rootless=self._config.isolation == "namespace" and user_namespaces.inside(), gate=self._gate,
             )  # fmt: skip
-            self._attached = HotAttach(self._engine, self._machine, self._containers)
-            self._machine.died.add_done_callback(lambda _: self._on_death())
+            self._attached = HotAttach(self._engine, machine, self._containers)
+            if record is not None:
+                await self._take_over(record)
+            machine.died.add_done_callback(lambda _: self._on_death())
             self._ready.set_result(None)
         except Exception as error:
-            self._ready.set_exception(from_exception(error))
-            self._ready.exception()  # asked for, whether or not somebody waits: no warning about it
+            for future in (self._ready, self._warm):
+                if not future.done():
+                    future.set_exception(from_exception(error))
+                    future.exception()  # asked for, whether or not somebody waits: no warning about it
             if self._config.ephemeral:
                 await self._until_told(client)
+
+    async def _thaw(self) -> FrozenPod:
+        """Starts the machine from a snapshot."""
+        with Snapshot(self._config.snapshot) as snapshot:
+            record = await asyncio.to_thread(snapshot.record)
+            machine = self._machine_config = record.machine
+            name, used = self._config.name, self._config.template or machine.key
+            self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, used))
+            self._booted = False
+            self._machine, self._engine = await thaw(
+                snapshot, record, self._make_engine, Path(self._config.data), export=str(self._served),
+                console_log=str(self._folder / "console.log"), hold_fd=self._lock_fd, hostname=name,
+            )  # fmt: skip
+            return record
+
+    async def _take_over(self, record: FrozenPod) -> None:
+        """Takes over what runs in the machine."""
+        assert self._machine is not None
+        self._containers.adopt(record.containers, await self._machine.request("processes", {}, vm.HELLO_SECONDS))
+        self._attached.adopt(record.attached)
+        if record.storage.shares:
+            await self._machine.request("renew", {}, _RENEW_SECONDS)
+        await self._machine.request("thaw", {}, vm.HELLO_SECONDS)
+        answer = await self._machine.request("reconnect", {}, vm.HELLO_SECONDS)
+        self._containers.take_ends(answer["ended"])
+
+    def _make_engine(self, machine: PodSandbox) -> Engine:
+        machine.export = str(self._export)
+        return Engine(
+            machine, self._journal, self._config.name, Path(self._config.data),
+            writable_shares=self._config.writable_shares, pmem=self._make_pmem(machine),
+            functions=self._make_functions(machine),
+        )  # fmt: skip
 
     def _make_pmem(self, machine: PodSandbox) -> PmemLayers | None:
         config = self._config
@@ -217,34 +299,42 @@ class Service:
         )  # fmt: skip
 
     async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
-        config = self._config
-        if config.memory_bytes < MIN_MEMORY_BYTES:
-            raise InvalidInput(
-                "start machine", subject=f"{config.memory_bytes >> 20}M of memory", code="too-little-memory",
-                why="a guest does not boot with so little", hint=f"at least {MIN_MEMORY_BYTES >> 20}M",
-            )  # fmt: skip
-        data = Path(config.data)
-        version = accelerator.cached_qemu_version(data)
-        guest = guest_image.find(data) or await _build_guest(data, say)
-        verdict = await accelerator.choose(data, guest, version, say)
+        config, data = self._config, Path(self._config.data)
         expandable = config.ports or bool(config.pmem.count)
-        machine = MachineConfig(guest, verdict.accelerator, config.memory_bytes, config.cpus, version, expandable)
+        machine = await choose_machine(data, config.memory_bytes, config.cpus, expandable, say)
         self._machine_config = machine
-        console = str(self._folder / "console.log")
         if config.cold:
-            ram = self._folder / "ram"
-            with open(ram, "wb") as file:
-                file.truncate(config.memory_bytes)
-            return await vm.start(
-                machine, ram_path=str(ram), ram_shared=True, export=str(self._served), console_log=console,
-                hold_fd=self._lock_fd,
-            )  # fmt: skip
-        folder, _ = await template.ensure(data, machine, say)
+            return await self._boot(machine)
+        try:
+            async with template.held(data, machine, say, wait=False) as (folder, _):
+                return await self._clone(machine, folder)
+        except InUse as error:
+            if error.code != "template-busy":
+                raise
+            say(f"booting without a template: {error.why}")
+            return await self._boot(machine)
+
+    async def _clone(self, machine: MachineConfig, folder: Path) -> vm.VirtualMachine:
+        name = self._config.name
+        self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, machine.key))
+        self._booted = False
         # The kernel closes a dead monitor's files before it kills what is in its namespace, so QEMU holds the pod's
         # lock, too: nobody gets a lease on a disk that it can still write to.
         return await template.clone(
-            folder, machine, export=str(self._served), console_log=console, hold_fd=self._lock_fd
-        )
+            folder, machine, export=str(self._served), console_log=str(self._folder / "console.log"),
+            hold_fd=self._lock_fd, hostname=name,
+        )  # fmt: skip
+
+    async def _boot(self, machine: MachineConfig) -> vm.VirtualMachine:
+        name = self._config.name
+        self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, ""))
+        ram = self._folder / "ram"
+        with open(ram, "wb") as file:
+            file.truncate(self._config.memory_bytes)
+        return await vm.start(
+            machine, ram_path=str(ram), ram_shared=True, export=str(self._served),
+            console_log=str(self._folder / "console.log"), hold_fd=self._lock_fd, hostname=name,
+        )  # fmt: skip
 
     def _on_death(self) -> None:
         if self._config.ephemeral and not self._ending.is_set():
@@ -312,6 +402,39 @@ class Service:
         await asyncio.shield(self._ready)
         return await self._inspect(_client, {})
 
+    async def _wait_until_warm(self, _client: Connection, _params: dict[str, Any]) -> Any:
+        await asyncio.shield(self._warm)
+
+    async def _take(self, client: Connection, params: dict[str, Any]) -> Any:
+        """Gives a pod that is ready its name, and an owner: the client, or nobody.
+
+        Raises:
+            InUse: ``pool-taken``: it is not ready, or not any more; ``pod-exists``: another has that name.
+        """
+        request = _convert(params["request"], PodRequest)
+        machine = self._machine
+        if not (self._config.pooled and self._warm.done() and isinstance(machine, vm.VirtualMachine)):
+            raise InUse("take pod", subject=self._config.name, why="it is not ready", code="pool-taken")
+        check_name(request.name)
+        old, self._config = self._config, msgspec.structs.replace(request, pooled=False)
+        try:
+            self._journal.rename_pod(old.name, request.name)
+        except BaseException:
+            self._config = old
+            raise
+        self._folder = self._folder.with_name(request.name)
+        self._export, self._served = self._folder / "export", self._folder / "served"
+        self._created_ns = time.time_ns()
+        self._own(client if request.ephemeral else None)
+        try:
+            priority.restore(machine.pid)
+            await machine.make_unique(request.name)
+        except BaseException:
+            self._ending.set()  # it is nobody's
+            raise
+        self._taken.set_result(client)
+        await asyncio.shield(self._ready)
+
     async def _run(self, client: Connection, params: dict[str, Any]) -> Any:
         return await self._containers.run(client, _convert(params, ContainerRequest))
 
@@ -332,19 +455,46 @@ class Service:
         return {"code": await self._containers.wait(str(params.get("container")))}
 
     async def _attach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        return await self._attached.attach(dict(params["mount"]), str(params.get("container") or ""))
+        async with self._gate.changing():
+            return await self._attached.attach(dict(params["mount"]), str(params.get("container") or ""))
 
     async def _detach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        await self._attached.detach(str(params["guest_path"]), str(params.get("container") or ""))
+        async with self._gate.changing():
+            await self._attached.detach(str(params["guest_path"]), str(params.get("container") or ""))
 
     async def _grow(self, _client: Connection, params: dict[str, Any]) -> Any:
         size_bytes = int(params["size_bytes"])
-        if "path" in params:
-            return {"size_bytes": await self._engine.grow_volume(str(params["path"]), size_bytes)}
-        return {"size_bytes": await self._engine.grow_scratch(str(params["container"]), size_bytes)}
+        async with self._gate.changing():
+            if "path" in params:
+                return {"size_bytes": await grow_volume(self._engine, str(params["path"]), size_bytes)}
+            return {"size_bytes": await grow_scratch(self._engine, str(params["container"]), size_bytes)}
+
+    async def _freeze(self, client: Connection, _params: dict[str, Any]) -> Any:
+        """Hands the client a snapshot: numbers of descriptors, open here until it says that it has copies of them."""
+        # Not to be interrupted half-way: the machine stands still meanwhile.
+        return await asyncio.shield(asyncio.ensure_future(self._freeze_for(client)))
+
+    async def _freeze_for(self, client: Connection) -> dict[str, Any]:
+        assert self._machine is not None
+        async with self._gate.still():
+            snapshot = await freeze(self._config, self._machine, self._engine, self._containers, self._attached)
+        self._let_go_of(client)
+        self._handed[client] = snapshot
+        if client.lost.done():
+            self._let_go_of(client)
+        client.lost.add_done_callback(lambda _: self._let_go_of(client))
+        return {"pid": self._host_pid, "fds": list(snapshot.fds)}
+
+    def _let_go_of(self, client: Connection) -> None:
+        snapshot = self._handed.pop(client, None)
+        if snapshot is not None:
+            snapshot.close()
+
+    async def _thawed(self, client: Connection, _params: dict[str, Any]) -> Any:
+        self._let_go_of(client)
 
     async def _storage(self, _client: Connection, _params: dict[str, Any]) -> Any:
-        found = self._engine.describe()
+        found = describe(self._engine)
         await self._add_paths(found)
         return found
 
@@ -373,7 +523,7 @@ class Service:
         machine, config = self._machine, self._machine_config
         state, why = "starting", ""
         if machine is not None:
-            state = "failed" if machine.died.done() else "running"
+            state = "failed" if machine.died.done() else "ready" if self._config.pooled else "running"
             why = machine.describe_death().why if machine.died.done() else ""
             if not self._guest and state == "running":
                 self._guest = await machine.request("hello", {}, vm.HELLO_SECONDS)
@@ -394,7 +544,7 @@ class Service:
     def _started_from(self) -> str:
         if self._config.isolation != "vm":
             return ""
-        return "boot" if self._config.cold else "template"
+        return "boot" if self._booted else "template"
 
     async def _remove(self, _client: Connection, _params: dict[str, Any]) -> Any:
         self._ending.set()
@@ -414,13 +564,3 @@ def _convert(params: dict[str, Any], kind: Any) -> Any:
         return msgspec.convert(params, kind)
     except msgspec.ValidationError as error:
         raise InvalidInput("read request", why=error, code="malformed-request") from None
-
-
-async def _build_guest(data: Path, say: Callable[[str], None]) -> guest_image.GuestImage:
-    """Builds the guest in a thread, whose words reach the loop as the loop's own calls."""
-    loop = asyncio.get_running_loop()
-
-    def progress(text: str) -> None:
-        loop.call_soon_threadsafe(say, text)
-
-    return await asyncio.to_thread(guest_image.ensure, data, progress=progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -56,6 +56,7 @@ class Disk(msgspec.Struct, frozen=True):
         verity: what the guest is to check it by.  Such a disk is another attachment than the same one unchecked.
         encrypted: a blank disk that the guest encrypts and formats before it mounts it.
         access: see :attr:`level`; empty for what follows from ``kind`` and ``read_only``.
+        fork: what becomes of it when the pod is copied: ``copy``, ``share``, ``deny``; empty for what is safe.
     """
 
     path: str
@@ -68,6 +69,7 @@ class Disk(msgspec.Struct, frozen=True):
     verity: Verity | None = None
     encrypted: bool = False
     access: str = ""
+    fork: str = ""
 
     @property
     def level(self) -> str:
@@ -189,11 +191,7 @@ class Attachments:
             self._taken.add(slot)
             undo.push("free slot", lambda: self._taken.discard(slot))
             size = os.lseek(fd, 0, os.SEEK_END)
-            detail = {
-                "slot": str(slot), "read_only": disk.read_only, "kind": disk.kind, "format": disk.disk_format,
-                "access": disk.level,
-            }  # fmt: skip
-            row = self._journal.intend(self._pod, "attachment", disk.path, detail)
+            row = self._journal.intend(self._pod, "attachment", disk.path, _detail(disk, slot))
             undo.push("journal", lambda: self._journal.release(row))
             leased = disk.kind == "disk"
             if leased:
@@ -245,6 +243,33 @@ class Attachments:
             self._journal.end_lease(self._pod, key.device, key.inode, writable=lease[2])
             self._leases.pop(lease, None)
 
+    # -- copies of the pod --------------------------------------------------------------------
+
+    async def adopt(self, attachment: Attachment, holders: dict[str, int], plug: Callable[[], Awaitable[None]]) -> None:
+        """Takes over a disk that the machine, which does not run yet, is to have: recorded, leased, and plugged in.
+
+        Args:
+            attachment: as another pod had it; with another line in the journal it is ours.
+            holders: who has it, and how often.
+
+        Raises:
+            InUse: another pod writes to it.
+        """
+        disk, key, slot = attachment.disk, attachment.key, attachment.slot
+        row = self._journal.intend(self._pod, "attachment", disk.path, _detail(disk, slot))
+        self._taken.add(slot)
+        if attachment.leased:
+            self._journal.lease(self._pod, key.device, key.inode, disk.path, writable=not disk.read_only)
+            self._leases.setdefault((key.device, key.inode, not disk.read_only), set()).add(row)
+        await plug()
+        self._journal.hold(row)
+        self._shared.adopt(key, msgspec.structs.replace(attachment, row=row), holders)
+
+    @property
+    def shared(self) -> Counted[DiskKey, Attachment]:
+        """The attachments by key."""
+        return self._shared
+
     def _free_slot(self, disk: Disk) -> Slot:
         for controller in range(CONTROLLERS):
             for lun in range(LUNS):
@@ -265,6 +290,13 @@ class Attachments:
         """Every attachment with its holders, by slot."""
         found = [(attachment, holders) for _, attachment, holders in self._shared.items()]
         return sorted(found, key=lambda item: item[0].slot)
+
+
+def _detail(disk: Disk, slot: Slot) -> dict[str, Any]:
+    return {
+        "slot": str(slot), "read_only": disk.read_only, "kind": disk.kind, "format": disk.disk_format,
+        "access": disk.level,
+    }  # fmt: skip
 
 
 def _claim(disk: Disk, fd: int) -> int:

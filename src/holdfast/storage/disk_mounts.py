@@ -190,6 +190,18 @@ class DiskMounts:
         await while_alive(self._sandbox, lambda: self._sandbox.request("modify", request, seconds))
         self._paths.pop(mount.guest_path, None)
 
+    def adopt(self, key: MountKey, guest_path: str, holders: dict[str, int]) -> None:
+        """Takes over a mount that the guest has, of a disk that has been adopted."""
+        attachment = self._attachments.shared.value(key.disk)
+        assert attachment is not None, key
+        self._paths[guest_path] = key
+        self._shared.adopt(key, DiskMount(key, attachment, guest_path), holders)
+
+    @property
+    def shared(self) -> Counted[MountKey, DiskMount]:
+        """The mounts by key."""
+        return self._shared
+
     def path_of(self, attachment: Attachment) -> list[str]:
         """Where the guest has an attachment mounted."""
         return sorted(m.guest_path for _, m, _ in self._shared.items() if m.attachment.key == attachment.key)

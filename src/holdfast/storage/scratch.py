@@ -70,7 +70,7 @@ def prepare(data: Path, size_bytes: int) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    fd = _unnamed(folder)
+    fd = unnamed(folder)
     try:
         os.ftruncate(fd, size_bytes)
         done = subprocess.run(
@@ -111,7 +111,7 @@ def blank(data: Path, size_bytes: int) -> int:
     """
     folder = data / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
-    fd = _unnamed(folder)
+    fd = unnamed(folder)
     try:
         os.ftruncate(fd, whole_blocks(size_bytes) + LUKS_BYTES)
     except BaseException:
@@ -128,7 +128,7 @@ def copy(prepared: Path) -> int:
     """
     source = os.open(prepared, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        target = _unnamed(prepared.parent)
+        target = unnamed(prepared.parent)
         try:
             _copy_data(source, target)
         except OSError as error:
@@ -169,7 +169,7 @@ def _copy_data(source: int, target: int) -> None:
             start += count
 
 
-def _unnamed(folder: Path) -> int:
+def unnamed(folder: Path) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:

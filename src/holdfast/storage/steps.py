@@ -83,7 +83,7 @@ class MountDisk(Step, frozen=True, tag="disk"):
     Attributes:
         partition: from 1; 0 is the whole disk.
         block_dev: do not mount it: a link to the device is made in the guest, and removed again.
-        access: see :attr:`~holdfast.storage.attachments.Disk.access`.
+        access, fork: see :class:`~holdfast.storage.attachments.Disk`.
     """
 
     path: str
@@ -97,6 +97,7 @@ class MountDisk(Step, frozen=True, tag="disk"):
     partition: int = 0
     block_dev: bool = False
     access: str = ""
+    fork: str = ""
 
     def describe(self) -> str:
         mode = "read-only" if self.read_only else "writable"
@@ -111,6 +112,7 @@ class ShareDirectory(Step, frozen=True, tag="share"):
 
     Attributes:
         sub_path: the folder of it that the container gets.
+        fork: ``share`` if copies of the pod may write to it, too.
     """
 
     path: str
@@ -121,6 +123,7 @@ class ShareDirectory(Step, frozen=True, tag="share"):
     recursive: bool = True
     cache: str = "mmap"
     sub_path: str = ""
+    fork: str = ""
 
     def describe(self) -> str:
         what = f"folder {self.sub_path} of" if self.sub_path else "file" if self.file else "directory"
@@ -134,19 +137,31 @@ class UseVolume(Step, frozen=True, tag="volume"):
     Attributes:
         kind: see :class:`~holdfast.spec.guest_requests.PodVolume`.
         options: of the volume, not of this view.
+        size_bytes, encrypted: of the disk of a volume that is kept on one.
     """
 
     name: str
     kind: str
     options: tuple[str, ...] = ()
     sub_path: str = ""
+    size_bytes: int = 0
+    encrypted: bool = False
+
+    @property
+    def disk(self) -> MakeScratch:
+        """The disk that a volume which is kept on one takes."""
+        return MakeScratch("disk", self.size_bytes, self.encrypted)
 
     def describe(self) -> str:
         if self.kind == "uvm":
             return f"use the guest's own /{self.sub_path}"
         options = f" ({','.join(self.options)})" if self.options else ""
+        if self.kind == "disk":
+            encrypted = "n encrypted " if self.encrypted else " "
+            options += f" on a{encrypted}disk of {self.size_bytes >> 20} MiB"
         folder = f", its folder {self.sub_path}" if self.sub_path else ""
-        return f"use the pod's {self.kind} volume {self.name}{options}{folder}; make it if it is not there"
+        kind = "" if self.kind == "disk" else f"{self.kind} "
+        return f"use the pod's {kind}volume {self.name}{options}{folder}; make it if it is not there"
 
 
 class FillVolume(Step, frozen=True, tag="image-volume"):
@@ -157,6 +172,25 @@ class FillVolume(Step, frozen=True, tag="image-volume"):
 
     def describe(self) -> str:
         return f"make a volume with what the image has at {self.name}"
+
+
+class OverlayMount(Step, frozen=True, tag="overlay-mount"):
+    """Put a writable overlay over what an earlier step yields, which stays as it is.
+
+    Attributes:
+        below: id of that step.
+        name: the mount's destination.
+        scratch: id of the step whose disk takes what is written; empty for a little memory.
+    """
+
+    below: str
+    name: str
+    scratch: str = ""
+    kind: str = "overlay"
+
+    def describe(self) -> str:
+        where = "on the scratch disk" if self.scratch else "in memory"
+        return f"put a writable overlay over what is at {self.name}: changes are {where}"
 
 
 class AssignDevice(Step, frozen=True, tag="pci"):
@@ -180,8 +214,8 @@ class RunContainer(Step, frozen=True, tag="run"):
 
 
 AnyStep = (
-    MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | UseVolume | FillVolume | AssignDevice
-    | RunContainer
+    MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | UseVolume | FillVolume | OverlayMount
+    | AssignDevice | RunContainer
 )  # fmt: skip
 
 
@@ -239,6 +273,9 @@ class Plan(msgspec.Struct, frozen=True):
             mount["type"] = "bind"
             mount["source"] = paths[rewrite.step]
             mount["options"] = list(rewrite.options)
+        for mount in spec.get("mounts") or ():
+            # crun makes no file at a path that ends with a slash.
+            mount["destination"] = clean_path(mount["destination"])
         spec.pop("windows", None)
         for name in _OF_THE_HOST:  # they name the host's disks and network interfaces
             (spec.get("linux", {}).get("resources") or {}).pop(name, None)

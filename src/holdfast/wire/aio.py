@@ -113,13 +113,17 @@ class Connection(asyncio.Protocol):
         self._synced: asyncio.Future[None] | None = None
         self._epoch = b""
         self._next_channel = 1
+        self._holding = False
         self.error: HoldfastError | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # -- for its users ------------------------------------------------------------------------
 
-    async def request(self, method: str, params: dict[str, Any], seconds: float) -> Any:
+    async def request(self, method: str, params: dict[str, Any], seconds: float, *, last: bool = False) -> Any:
         """Sends a request and waits for its answer.
+
+        Args:
+            last: nothing is sent after it until :meth:`go_on`.
 
         Raises:
             TimedOut: no answer within ``seconds``; the peer is told that nobody waits any more.
@@ -130,6 +134,7 @@ class Connection(asyncio.Protocol):
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = future
         self._flush()
+        self._holding |= last
         try:
             async with asyncio.timeout(seconds):
                 return await future
@@ -141,6 +146,11 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._pending.pop(request_id, None)
+
+    def go_on(self) -> None:
+        """Sends what was held back after a last request."""
+        self._holding = False
+        self._flush()
 
     def _abandon(self, request_id: int) -> None:
         if self.error is None:
@@ -344,6 +354,6 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         outgoing = self._mux.outgoing
-        if outgoing and self._transport is not None and not self._transport.is_closing():
+        if outgoing and not self._holding and self._transport is not None and not self._transport.is_closing():
             self._transport.write(bytes(outgoing))
             outgoing.clear()

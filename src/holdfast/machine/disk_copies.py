@@ -1,0 +1,128 @@
+"""Copies of disks as they were when the machine was frozen, of disks that go on as they are: the user's own.
+
+Where the filesystem can share blocks, a copy is made at once, whatever its size.  Elsewhere QEMU copies what is on the
+disk while the guest goes on, and before each write of it what that would have changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import MachineFailed, TimedOut
+from holdfast.linux import syscalls
+from holdfast.machine.disks import DiskFile
+
+if TYPE_CHECKING:
+    from holdfast.machine.disks import Disks
+    from holdfast.machine.qmp import Qmp
+    from holdfast.machine.sandbox import Slot
+
+#: As long as a disk may take to copy.
+_COPY_SECONDS = 3600.0
+
+
+class Copies:
+    """The copies that one freeze makes.
+
+    Args:
+        wanted: for each disk an empty file, open for writing; the descriptors stay the caller's.
+    """
+
+    def __init__(self, qmp: Qmp, disks: Disks, wanted: dict[Slot, int]) -> None:
+        self._qmp = qmp
+        self._disks = disks
+        self._wanted = wanted
+        self._shared = {slot: fd for slot, fd in wanted.items() if self._can_share(slot, fd)}
+        self._copied: dict[Slot, int] = {}
+
+    def _can_share(self, slot: Slot, fd: int) -> bool:
+        *below, top = self._disks.files(slot)
+        return not below and not top.block_device and _share_blocks(top.fd, fd)
+
+    async def prepare(self) -> None:
+        """Does what can be done before the machine is stopped."""
+        for slot in self._wanted.keys() - self._shared.keys():
+            fd = self._wanted[slot]
+            os.ftruncate(fd, await self._disks.size(slot))
+            self._copied[slot] = fd
+            await self._qmp.add_fd(_fdset(slot), fd)
+            file = {"driver": "file", "filename": f"/dev/fdset/{_fdset(slot)}", "discard": "unmap"}
+            await self._qmp.execute("blockdev-add", {"node-name": _name(slot), "driver": "raw", "file": file})
+
+    def actions(self) -> list[dict[str, Any]]:
+        """What begins the copying, as actions of QMP's ``transaction``."""
+        return [
+            {
+                "type": "blockdev-backup",
+                "data": {
+                    "job-id": _name(slot), "device": self._disks.top(slot), "target": _name(slot), "sync": "full",
+                    "auto-dismiss": False,
+                },
+            }
+            for slot in self._copied
+        ]  # fmt: skip
+
+    def at_stop(self) -> None:
+        """Makes the copies that share blocks; QEMU has written everything to the files."""
+        for slot, fd in self._shared.items():
+            if not _share_blocks(self._disks.files(slot)[0].fd, fd):
+                raise MachineFailed("copy disk", subject=slot, why="it could share its blocks a moment ago, and cannot")
+
+    async def finish(self) -> dict[Slot, tuple[DiskFile, ...]]:
+        """Waits until all are complete; the machine runs.
+
+        Raises:
+            MachineFailed: a disk could not be read, or there is no room for its copy.
+        """
+        for slot in self._copied:
+            await _wait_for_job(self._qmp, _name(slot), _COPY_SECONDS)
+        files: dict[Slot, tuple[DiskFile, ...]] = {}
+        for slot, fd in self._wanted.items():
+            disk_format = "raw" if slot in self._copied else self._disks.files(slot)[0].disk_format
+            files[slot] = (DiskFile(fd, disk_format),)
+        return files
+
+    async def close(self) -> None:
+        """Ends what still goes on, and has QEMU close the files."""
+        for slot in self._copied:
+            await self._qmp.execute_if_there("job-cancel", {"id": _name(slot)})
+            await _wait_for_job(self._qmp, _name(slot), _COPY_SECONDS, failed=True)
+            await self._qmp.execute_if_there("blockdev-del", {"node-name": _name(slot)})
+            await self._qmp.execute_if_there("remove-fd", {"fdset-id": _fdset(slot)})
+
+
+async def _wait_for_job(qmp: Qmp, job: str, seconds: float, *, failed: bool = False) -> None:
+    """Waits for a job's end and dismisses it; one that is not there is success, and ``failed`` makes any end so."""
+    pause = 0.001
+    for _ in range(int(seconds / 0.05)):
+        found = next((j for j in await qmp.execute("query-jobs", {}) if j["id"] == job), None)
+        if found is None:
+            return
+        if found["status"] == "concluded":
+            await qmp.execute("job-dismiss", {"id": job})
+            if "error" in found and not failed:
+                raise MachineFailed("copy disk", subject=job, why=found["error"], code="copy-failed")
+            return
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+    raise TimedOut("copy disk", subject=job, why=f"not done within {seconds:g} s")
+
+
+def _share_blocks(source_fd: int, target_fd: int) -> bool:
+    """Makes a file share the other's blocks (ioctl_ficlone(2)); False if their filesystem cannot."""
+    try:
+        fcntl.ioctl(target_fd, syscalls.FICLONE, source_fd)
+    except OSError:
+        return False
+    return True
+
+
+def _name(slot: Slot) -> str:
+    return f"copy{slot.controller}-{slot.lun}"
+
+
+def _fdset(slot: Slot) -> int:
+    return 600 + slot.controller * 64 + slot.lun
