@@ -26,6 +26,7 @@ from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
 from holdfast.pod.snapshot import FrozenPod, Snapshot
 from holdfast.pod.thawing import thaw
+from holdfast.pod.warming import warm_up
 from holdfast.storage.description import describe
 from holdfast.storage.engine import Engine
 from holdfast.storage.growing import grow_scratch, grow_volume
@@ -191,9 +192,7 @@ class Service:
                 self._machine = await self._start_sandbox(lambda text: client.event("say", {"text": text}))
                 self._engine = self._make_engine(self._machine)
                 if self._config.pooled:
-                    self._warm.set_result(None)
-                    client = await self._taken
-                    self._engine = self._make_engine(self._machine)  # of another name, and holding nothing
+                    client = await self._wait_for_taker(self._machine, client)
             machine = self._machine
             assert machine is not None
             self._containers = Containers(
@@ -213,6 +212,15 @@ class Service:
                     future.exception()  # asked for, whether or not somebody waits: no warning about it
             if self._config.ephemeral:
                 await self._until_told(client)
+
+    async def _wait_for_taker(self, machine: PodSandbox, client: Connection) -> Connection:
+        """Has the machine ready for who wants one; returns the client that has taken it."""
+        assert isinstance(machine, vm.VirtualMachine)
+        await warm_up(machine, Containers(self._config.name, self._folder, machine, self._engine), client, self._folder)
+        self._warm.set_result(None)
+        client = await self._taken
+        self._engine = self._make_engine(machine)  # of another name, and holding nothing
+        return client
 
     async def _thaw(self) -> FrozenPod:
         """Starts the machine from a snapshot."""
