@@ -457,9 +457,7 @@ class Pod:
                     pod._wait_for_start()
             except BaseException:
                 for pod in pods:
-                    with contextlib.suppress(HoldfastError):
-                        # The one that did not start has closed its connection, and a detached one waits to be asked.
-                        (Pod.open(pod.name, root=self.root, data=self.data) if pod._client.closed else pod).remove()
+                    pod._undo()
                 raise
         return pods
 
@@ -537,6 +535,15 @@ class Pod:
             self._client.close()
         else:
             self.remove()
+
+    def _undo(self) -> None:
+        """Ends a pod of which nothing is to be left, whether or not it has started."""
+        self._detached = False  # what a dead monitor has left is waited for
+        with contextlib.suppress(HoldfastError):
+            if self._client.closed:  # one that did not start, and waits for somebody to ask why
+                self._client = Client.connect(self.root, self.name)
+            self.remove()
+        self._abandon()
 
     def _abandon(self) -> None:
         """Closes the connection and lets go of what a monitor that died has left."""

@@ -57,6 +57,7 @@ class Agent:
             "freeze": self._freeze,
             "thaw": self._thaw,
             "renew": self._renew,
+            "make_ready": lambda _params: self.make_ready(),
             "processes": lambda _params: self._containers.connected(),
             "reconnect": lambda _params: self._containers.reconnect(),
             "modify": lambda params: storage.modify(params, self._children),

@@ -135,7 +135,10 @@ class Containers:
         Raises:
             OSError, GuestFailed: something of it could not be made, and will be made when a container needs it.
         """
-        self._network = SpareNetwork()
+        if self._network is None:
+            self._network = SpareNetwork()
+        if self._ready is not None or self._by_ready:
+            return
         stdio = Stdio(terminal=False, stdin=0)
         try:
             self._ready = ReadyRuntime(self._runtime, self._children, f"{BUNDLES}/{ID}", stdio)

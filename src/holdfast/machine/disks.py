@@ -115,7 +115,7 @@ class Disks:
         try:
             await self.unplug(slot)
         except HoldfastError as left:
-            if isinstance(error, HoldfastError):
+            if isinstance(error, HoldfastError) and left is not error:  # a machine that is gone says the same each time
                 error.causes += (left,)
 
     async def unplug(self, slot: Slot) -> None:

@@ -299,6 +299,16 @@ class Containers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def forget(self, name: str) -> None:
+        """Lets go of a container that has ended, as if it had never been.
+
+        Raises:
+            NotReleased: something of it could not be let go of.
+        """
+        await self._engine.release(name)
+        self._infos.pop(name, None)
+        self._specs.pop(name, None)
+
     # -- copies of the pod --------------------------------------------------------------------
 
     def freeze(self) -> FrozenContainers:
