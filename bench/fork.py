@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import holdfast
-from holdfast.api import container_request
 from holdfast.pod.client import STDERR, STDOUT, Client
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

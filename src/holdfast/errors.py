@@ -52,6 +52,10 @@ class HoldfastError(Exception):
         self.causes = tuple(causes)
         super().__init__(what)
 
+    def also(self, *errors: BaseException) -> None:
+        """Adds further errors; never this one itself, of which a machine that is gone has only one for everybody."""
+        self.causes += tuple(error for error in errors if not _is_within(self, error))
+
     def __str__(self) -> str:
         text = self.what
         if self.subject:
@@ -77,6 +81,10 @@ class HoldfastError(Exception):
         if self.causes:
             record["causes"] = [from_exception(cause).as_dict() for cause in self.causes]
         return record
+
+
+def _is_within(error: BaseException, other: BaseException) -> bool:
+    return other is error or any(_is_within(error, cause) for cause in getattr(other, "causes", ()))
 
 
 class InvalidInput(HoldfastError):

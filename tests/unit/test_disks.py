@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from holdfast.errors import HoldfastError, MachineFailed, Unsupported
+from holdfast.errors import HoldfastError, MachineFailed
 from holdfast.machine.disks import LONGEST_CHAIN, DiskFile, Disks
 from holdfast.machine.sandbox import Slot
 
@@ -27,6 +27,7 @@ class Qemu:
         self.fdsets: set[int] = set()
         self.devices: dict[str, str] = {}
         self.refuses = ""
+        self.streamed: list[str] = []
         self.died: HoldfastError | None = None
 
     async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
@@ -41,6 +42,10 @@ class Qemu:
             self.nodes[arguments["node-name"]] = arguments
         elif command == "device_add":
             self.devices[arguments["id"]] = arguments["drive"]
+        elif command == "block-stream":
+            self.streamed.append(arguments["device"])
+        elif command == "query-jobs":
+            return []
         elif command == "query-named-block-nodes":
             return [{"node-name": name, "image": {"virtual-size": SIZE}} for name in self.nodes]
         return {}
@@ -173,16 +178,17 @@ def test_a_file_that_was_not_put_there():
     run(test)
 
 
-def test_the_longest_chain():
+def test_a_chain_that_has_become_too_long():
+    """All that lies below becomes part of the top file, and numbers that are free are used again."""
+
     async def test(qemu: Qemu, disks: Disks) -> None:
         await plug(disks, "raw")
-        for _ in range(LONGEST_CHAIN - 1):
+        for _ in range(3 * LONGEST_CHAIN):
             await freeze(disks)
             disks.overlaid([SLOT])
-        with pytest.raises(Unsupported) as caught:
-            await freeze(disks)
-        assert caught.value.code == "chain-too-long"
-        assert len(qemu.nodes) == len(qemu.fdsets) == LONGEST_CHAIN
+            assert len(qemu.nodes) == len(qemu.fdsets) == len(disks.files(SLOT)) <= LONGEST_CHAIN
+            assert disks.top(SLOT) == list(qemu.nodes)[-1]
+        assert qemu.streamed == [f"d1-3.{number * (LONGEST_CHAIN - 1)}" for number in (1, 2, 3)]
         await disks.unplug(SLOT)
         assert qemu.is_empty()
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.api import container_request
 from holdfast.cli.options import RunOptions, parse
 from holdfast.errors import Corrupt, InvalidInput, Unsupported
 from holdfast.image import erofs, verity
 from holdfast.image.records import Layer, Verity
 from holdfast.image.store import ImageStore
+from holdfast.pod.requests import container_request
 from holdfast.spec import annotations
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot
 from holdfast.storage.protect import Protection, protect

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.api import container_request
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.messages import ExecRequest, Stdio
+from holdfast.pod.requests import container_request
 from holdfast.storage.journal import Journal
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import holdfast
-from holdfast.api import container_request
 from holdfast.errors import HoldfastError, InUse, NotFound, NotReleased
 from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.spec.default import CAPABILITIES
 from tests.images import busybox_tree, is_clean, make_bundle, make_disk, run
 from tests.vm.support import (

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from holdfast.api import container_request
 from holdfast.errors import InvalidInput
 from holdfast.image import erofs
 from holdfast.machine.sandbox import Slot
 from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.spec import guest_requests as requests
 from tests.images import busybox_tree, make_bundle
 from tests.vm.support import BUSYBOX, Session, assert_holds_nothing, output, start

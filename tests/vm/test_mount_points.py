@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from holdfast.api import container_request
 from holdfast.errors import HoldfastError
 from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from tests.images import make_bundle
 from tests.vm.support import Session, assert_holds_nothing, output
 

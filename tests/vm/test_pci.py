@@ -15,6 +15,7 @@ from holdfast.machine import accelerator, guest_image, template
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES, MachineConfig
 from holdfast.pod.containers import Containers
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal
 from holdfast.storage.pci import PCI, FunctionKey, Functions
@@ -49,7 +50,7 @@ class Rig:
         self.containers = Containers("pod", folder, machine, self.engine)
 
     async def start(self, name: str, script: str, *devices: FunctionKey) -> None:
-        request = holdfast.api.container_request(
+        request = container_request(
             name, self.data, image=BUSYBOX, args=["sh", "-c", script], devices=[str(key) for key in devices],
             stdio=Stdio(detach=True),
         )  # fmt: skip

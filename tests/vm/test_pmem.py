@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import holdfast
-from holdfast.api import container_request
 from holdfast.errors import GuestFailed, HoldfastError, NotReleased
 from holdfast.image.store import ImageStore
 from holdfast.machine import accelerator, guest_image, ports, template
@@ -21,6 +20,7 @@ from holdfast.machine.config import DEFAULT_MEMORY_BYTES, MachineConfig
 from holdfast.pod.client import STDERR, STDIN, STDOUT
 from holdfast.pod.containers import Containers
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.spec.pmem import COUNT, PAGE, SIZE, PmemLimits
 from holdfast.storage.engine import Engine
 from holdfast.storage.journal import Journal

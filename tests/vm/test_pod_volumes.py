@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import holdfast
-from holdfast.api import container_request
 from holdfast.errors import HoldfastError, InvalidInput, NotFound
 from holdfast.image.store import ImageStore
 from holdfast.pod.client import STDERR, STDOUT
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from tests import leaks
 from tests.images import Umoci, busybox_tree, make_bundle
 from tests.vm.support import (

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 import holdfast
-from holdfast.api import container_request
 from holdfast.errors import HoldfastError
 from holdfast.pod.client import STDERR, STDOUT, Client
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.spec.default import CAPABILITIES
 from holdfast.spec.mounts import parse_mount
 from tests.images import is_clean, make_bundle, make_disk

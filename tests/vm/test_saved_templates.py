@@ -12,6 +12,7 @@ import pytest
 
 import holdfast
 from holdfast.errors import Corrupt, HoldfastError, InUse, InvalidInput, NotFound
+from holdfast.machine.config import DEFAULT_MEMORY_BYTES
 from holdfast.pod import savefile, templates
 from tests import leaks
 from tests.vm.cli import answer, fails, text
@@ -68,7 +69,7 @@ def test_clones_go_on_from_there_and_do_not_see_each_other(data: Path, state_roo
             assert output(pod.run(BUSYBOX, ["hostname"], hostname="new")) == "new\n"
         random = {pod.exec("c", ["cat", "/proc/sys/kernel/random/uuid"]).text for pod in (a, b)}
         assert len(random) == 2
-        assert a.inspect().memory_bytes == holdfast.api.DEFAULT_MEMORY_BYTES
+        assert a.inspect().memory_bytes == DEFAULT_MEMORY_BYTES
     assert_nothing_held(state_root)
 
 
@@ -78,7 +79,7 @@ def test_their_memory_is_the_templates_own_file(made: Path, data: Path, state_ro
         maps = Path(f"/proc/{pod.inspect().qemu_pid}/maps").read_text().splitlines()
         (line,) = [line for line in maps if line.endswith(str(made / "ram"))]
         assert line.split()[1].endswith("p")
-    assert (made / "ram").stat().st_blocks * 512 < holdfast.api.DEFAULT_MEMORY_BYTES
+    assert (made / "ram").stat().st_blocks * 512 < DEFAULT_MEMORY_BYTES
 
 
 def test_another_machine_cannot_be_asked_for(made: Path, data: Path, state_root: Path) -> None:
@@ -155,6 +156,7 @@ def test_a_maker_that_is_killed_leaves_only_what_is_swept(data: Path, state_root
     program = f"""
 import sys
 import holdfast
+from holdfast.machine.config import DEFAULT_MEMORY_BYTES
 from holdfast.pod import templates
 def stop_here(*arguments, copy=templates._copy):
     copy(*arguments)

@@ -8,11 +8,11 @@ import shutil
 import msgspec
 import pytest
 
-from holdfast.api import container_request
 from holdfast.errors import Corrupt
 from holdfast.image import erofs, verity
 from holdfast.pod.client import STDERR, STDOUT
 from holdfast.pod.messages import Stdio
+from holdfast.pod.requests import container_request
 from holdfast.spec.annotations import VERITY
 from tests.vm.support import BUSYBOX, Session, assert_holds_nothing, output, running, sh, start
 

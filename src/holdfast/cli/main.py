@@ -114,7 +114,19 @@ class _Later(ModuleType):
 
 def _is_for_new_pod(words: list[str]) -> bool:
     """A guess, before there is time to read the words: being wrong costs time, and nothing else."""
-    return "run" in words[:5] and "--pod" not in words
+    return "run" in words[:5] and "--pod" not in words and not _has_pool(words)
+
+
+def _has_pool(words: list[str]) -> bool:
+    """Whether a pod may be ready: then a monitor would be started for nothing."""
+    from holdfast.linux.places import default_state
+
+    root = words[words.index("--root") + 1 :][:1] if "--root" in words else []
+    try:
+        names = os.listdir(f"{root[0] if root else os.environ.get('HOLDFAST_ROOT') or default_state()}/pods")
+    except OSError:
+        return False
+    return any(name.startswith(early.POOL) for name in names)
 
 
 def make_output(line: CommandLine) -> Output:

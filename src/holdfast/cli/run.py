@@ -11,6 +11,7 @@ import msgspec
 from holdfast import api, trace
 from holdfast.errors import HoldfastError, NotFound, ProtocolError
 from holdfast.linux.user_namespaces import rootless
+from holdfast.pod import requests
 from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
 from holdfast.pod.messages import ContainerRequest, ExecRequest, Stdio
 from holdfast.spec.pmem import pmem_limits
@@ -161,7 +162,7 @@ def container_request(command: RunOptions, name: str, line: CommandLine) -> Cont
     for flag in ("verity", "encrypt_scratch", "reuse_scratch"):
         if getattr(command, flag):  # else annotations may say so
             options[flag] = True
-    request = api.container_request(
+    request = requests.container_request(
         name, Path(line.data), image=command.image or "", bundle=command.bundle, rootfs=command.rootfs,
         args=command.args, entrypoint=command.entrypoint, env=command.env, cwd=command.cwd, user=command.user,
         hostname=command.hostname or "", terminal=command.terminal, annotations=command.annotations,

@@ -6,14 +6,14 @@ disk while the guest goes on, and before each write of it what that would have c
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import MachineFailed, TimedOut
+from holdfast.errors import MachineFailed
 from holdfast.linux import syscalls
 from holdfast.machine.disks import DiskFile
+from holdfast.machine.jobs import wait_for_job
 
 if TYPE_CHECKING:
     from holdfast.machine.disks import Disks
@@ -78,7 +78,7 @@ class Copies:
             MachineFailed: a disk could not be read, or there is no room for its copy.
         """
         for slot in self._copied:
-            await _wait_for_job(self._qmp, _name(slot), _COPY_SECONDS)
+            await wait_for_job(self._qmp, _name(slot), _COPY_SECONDS)
         files: dict[Slot, tuple[DiskFile, ...]] = {}
         for slot, fd in self._wanted.items():
             disk_format = "raw" if slot in self._copied else self._disks.files(slot)[0].disk_format
@@ -89,26 +89,9 @@ class Copies:
         """Ends what still goes on, and has QEMU close the files."""
         for slot in self._copied:
             await self._qmp.execute_if_there("job-cancel", {"id": _name(slot)})
-            await _wait_for_job(self._qmp, _name(slot), _COPY_SECONDS, failed=True)
+            await wait_for_job(self._qmp, _name(slot), _COPY_SECONDS, failed=True)
             await self._qmp.execute_if_there("blockdev-del", {"node-name": _name(slot)})
             await self._qmp.execute_if_there("remove-fd", {"fdset-id": _fdset(slot)})
-
-
-async def _wait_for_job(qmp: Qmp, job: str, seconds: float, *, failed: bool = False) -> None:
-    """Waits for a job's end and dismisses it; one that is not there is success, and ``failed`` makes any end so."""
-    pause = 0.001
-    for _ in range(int(seconds / 0.05)):
-        found = next((j for j in await qmp.execute("query-jobs", {}) if j["id"] == job), None)
-        if found is None:
-            return
-        if found["status"] == "concluded":
-            await qmp.execute("job-dismiss", {"id": job})
-            if "error" in found and not failed:
-                raise MachineFailed("copy disk", subject=job, why=found["error"], code="copy-failed")
-            return
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
-    raise TimedOut("copy disk", subject=job, why=f"not done within {seconds:g} s")
 
 
 def _share_blocks(source_fd: int, target_fd: int) -> bool:

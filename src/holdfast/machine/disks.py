@@ -15,7 +15,8 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from holdfast.errors import HoldfastError, Unsupported
+from holdfast.errors import HoldfastError
+from holdfast.machine.jobs import wait_for_job
 from holdfast.machine.qcow2 import write_empty
 from holdfast.machine.sandbox import Slot
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from holdfast.machine.qmp import Qmp
 
 _UNPLUG_SECONDS = 10.0
+#: As long as a disk may take to copy.
+_SHORTEN_SECONDS = 3600.0
 #: Formats whose drivers QEMU calls otherwise.
 _DRIVERS = {"vhd": "vpc"}
-#: Files below one disk: each costs QEMU a little for every read, and us a descriptor.
+#: Files of one disk, before they are made one: each costs QEMU a little for every read, and us a descriptor.
 LONGEST_CHAIN = 32
 
 
@@ -46,11 +49,14 @@ class Chain:
         self.slot = slot
         self.read_only = read_only
         self.files: list[DiskFile] = []
+        #: Number of the lowest of them: those below it have become part of the one above.
+        self.first = 0
         #: Whether the last of the files has been made to be put on top, and is not there yet.
         self.next = False
 
-    def node(self, number: int) -> str:
-        """Name of the block node of one of the files."""
+    def node(self, place: int) -> str:
+        """Name of the block node of one of the files, the lowest being at 0."""
+        number = self.first + place
         name = f"d{self.slot.controller}-{self.slot.lun}"
         return f"{name}.{number}" if number else name
 
@@ -59,9 +65,10 @@ class Chain:
         """Name of the block node that the device has."""
         return self.node(max(0, len(self.files) - 1 - self.next))
 
-    def fdset(self, number: int) -> int:
+    def fdset(self, place: int) -> int:
         """QEMU's number for the descriptors of one of the files."""
-        return 1000 + (self.slot.controller * 64 + self.slot.lun) * (LONGEST_CHAIN + 2) + number
+        numbers = LONGEST_CHAIN + 2  # no two of a chain are so far apart
+        return 1000 + (self.slot.controller * 64 + self.slot.lun) * numbers + (self.first + place) % numbers
 
 
 class Disks:
@@ -115,8 +122,8 @@ class Disks:
         try:
             await self.unplug(slot)
         except HoldfastError as left:
-            if isinstance(error, HoldfastError) and left is not error:  # a machine that is gone says the same each time
-                error.causes += (left,)
+            if isinstance(error, HoldfastError):
+                error.also(left)
 
     async def unplug(self, slot: Slot) -> None:
         """Takes a disk out; the slot is free when QEMU has said that the device is gone.  Already gone is success."""
@@ -169,20 +176,32 @@ class Disks:
             fd: an empty file, open for reading and writing; it stays the caller's.
 
         Raises:
-            Unsupported: the disk has been frozen too often.
             MachineFailed: QEMU could not.
         """
         chain = self._chains[slot]
+        if len(chain.files) >= LONGEST_CHAIN:
+            await self._shorten(chain)
         number = len(chain.files)
-        if number >= LONGEST_CHAIN:
-            raise Unsupported(
-                "freeze disk", subject=slot, why=f"it has been frozen {number - 1} times", code="chain-too-long",
-                hint="start a new pod from a copy of what is on it",
-            )  # fmt: skip
         write_empty(fd, await self.size(slot))
         chain.files.append(DiskFile(os.dup(fd), "qcow2"))
         chain.next = True
         await self._add_node(chain, number, read_only=False, backing=False)
+
+    async def _shorten(self, chain: Chain) -> None:
+        """Takes all that lies below into the top file, while the guest goes on; who has the other files keeps them.
+
+        Raises:
+            MachineFailed: QEMU could not, as when there is no room.
+        """
+        job = f"shorten-{chain.top}"
+        await self._qmp.execute("block-stream", {"job-id": job, "device": chain.top, "auto-dismiss": False})
+        await wait_for_job(self._qmp, job, _SHORTEN_SECONDS)
+        below = len(chain.files) - 1
+        for number in reversed(range(below)):
+            await self._qmp.execute_if_there("blockdev-del", {"node-name": chain.node(number)})
+            await self._qmp.execute_if_there("remove-fd", {"fdset-id": chain.fdset(number)})
+        gone, chain.files, chain.first = chain.files[:below], chain.files[below:], chain.first + below
+        _close(gone)
 
     def overlay_action(self, slot: Slot) -> dict[str, Any]:
         """What puts it there, as an action of QMP's ``transaction``."""

@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,13 +26,15 @@ from holdfast.machine.savestream import join
 from holdfast.machine.sparse import data_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from holdfast.machine.qmp import Qmp
 
 PAGE = 4096
 #: Descriptor set of QEMU for what it saves.
 _FDSET = 900
+_MOST_THREADS = 4
+_PIECE_BYTES = 4 << 20
 #: Unwritten pages between written ones that are copied along: a call costs as much as copying some.
 _GAP = 15
 #: Bits of a pagemap entry's last byte (proc_pid_pagemap(5)): present, swapped, of a file; and of the one before.
@@ -92,8 +95,8 @@ class Memory:
             with open(f"/proc/{self._pid}/clear_refs", "w") as file:
                 file.write("4")
         self._copied = self._entries()[7::8].translate(_IS_ANONYMOUS)
-        for run in _EXACT_RUN.finditer(self._copied):
-            self._copy_pages(run)
+        for piece in _pieces(_EXACT_RUN.finditer(self._copied)):
+            self._copy_pages(piece)
 
     def finish(self) -> None:
         """Copies what may have changed since; the guest is stopped."""
@@ -102,8 +105,10 @@ class Memory:
         if _has_soft_dirty():
             # A page can be dirty and another be anonymous in the same place of the two strings: both bits, or none.
             wanted = _both(wanted, entries[6::8].translate(_IS_DIRTY))
-        for run in _RUN.finditer(wanted):
-            self._copy_pages(run)
+        # Side by side: the machine's processors have nothing else to do.
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+            for _ in threads.map(self._copy_pages, _pieces(_RUN.finditer(wanted))):
+                pass  # raises what copying has raised
         # What QEMU has discarded since (madvise(2), MADV_DONTNEED) is the file's again.
         for run in _EXACT_RUN.finditer(_both(self._copied, anonymous.translate(_IS_NOT))):
             os.preadv(self._origin_fd, [self._view[run.start() * PAGE : run.end() * PAGE]], run.start() * PAGE)
@@ -116,8 +121,8 @@ class Memory:
             raise _gone()
         return entries
 
-    def _copy_pages(self, run: re.Match[bytes]) -> None:
-        at, end = run.start() * PAGE, run.end() * PAGE
+    def _copy_pages(self, piece: tuple[int, int]) -> None:
+        at, end = piece
         while at < end:
             count = os.preadv(self._memory_fd, [self._view[at:end]], self._address + at)
             if not count:  # so it is when the process has ended (fs/proc/base.c, mem_rw)
@@ -219,6 +224,13 @@ def _both(one: bytes, other: bytes) -> bytes:
 
 def _gone() -> MachineFailed:
     return MachineFailed("freeze machine", why="QEMU has ended meanwhile", code="machine-died")
+
+
+def _pieces(runs: Iterable[re.Match[bytes]]) -> Iterator[tuple[int, int]]:
+    """Start and end of every run of pages, in bytes; long ones in several pieces."""
+    for run in runs:
+        for start in range(run.start() * PAGE, run.end() * PAGE, _PIECE_BYTES):
+            yield start, min(start + _PIECE_BYTES, run.end() * PAGE)
 
 
 def _copy_file(source_fd: int, target_fd: int) -> None:

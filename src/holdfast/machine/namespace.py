@@ -99,7 +99,7 @@ class NamespaceSandbox:
             await self.unplug_disk(slot)
         except HoldfastError as left:
             if isinstance(error, HoldfastError):
-                error.causes += (left,)
+                error.also(left)
 
     async def unplug_disk(self, slot: Slot) -> None:
         """See :meth:`Sandbox.unplug_disk`: the slot is free only when the kernel has let go of the loop's file.

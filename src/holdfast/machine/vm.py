@@ -137,7 +137,7 @@ class VirtualMachine:
             ever writes to again; their descriptors are ours, or those of ``copies``.
 
         Raises:
-            Unsupported: it was booted, not started from a save; or a disk was frozen too often.
+            Unsupported: it was booted, not started from a save.
             MachineFailed: QEMU refused.  Nothing has changed then.
         """
         origin = self._origin

@@ -82,7 +82,7 @@ def mount_all(mounts: Iterable[Mount], root: str | Root | None = None, *, record
                 left.append(second)
         if isinstance(error, HoldfastError):
             error.what = f"{error.what} (number {len(done) + 1})"
-            error.causes += tuple(left)
+            error.also(*left)
         raise
     return done
 

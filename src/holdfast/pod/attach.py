@@ -114,7 +114,7 @@ class HotAttach:
             self._attached.pop(holder, None)
         except HoldfastError as left:
             if isinstance(error, HoldfastError):
-                error.causes += (left,)
+                error.also(left)
 
     async def detach(self, path: str, container: str = "") -> None:
         """Lets go of what was attached at a path of the guest or, if one is named, of a container.

@@ -141,7 +141,7 @@ class Containers:
             await self._engine.release(name)
         except HoldfastError as left:
             if isinstance(error, HoldfastError):
-                error.causes += (left,)
+                error.also(left)
 
     async def _start(self, client: Connection, request: ContainerRequest, spec: dict[str, Any]) -> int:
         params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
@@ -337,7 +337,7 @@ class Containers:
             if code >= 0:
                 process.code.set_result(code)
             elif key in connected:
-                stdin, *outputs = connected[key]
+                stdin, *outputs = connected[key] or [0]
                 streams = [agent.open_stream(channel) for channel in outputs]
                 log = _Log(self._folder / f"{key}.log")
                 process.pumps += [asyncio.ensure_future(log.take(stream)) for stream in streams]

@@ -26,6 +26,8 @@ START = (
 #: Of one message; the kernel's limit is 253 (unix(7), SCM_RIGHTS).
 _MOST_FDS = 200
 _LENGTH_BYTES = 8
+#: How the names of pods begin that are ready; see :mod:`holdfast.pod.pool`.
+POOL = ".pool-"
 
 _expected: EarlyMonitor | None = None
 

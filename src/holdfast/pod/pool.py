@@ -19,6 +19,7 @@ import msgspec
 
 import holdfast
 from holdfast.errors import HoldfastError, InvalidInput
+from holdfast.pod import early
 from holdfast.pod.client import Client
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from holdfast.pod.messages import PodRequest
 
-PREFIX = ".pool-"
+PREFIX = early.POOL
 _TAKE_SECONDS = 10.0
 _START_SECONDS = 300.0
 #: After a pod could not be made, before the next try: longer each time, up to the second.
@@ -127,7 +128,7 @@ class Pool:
             readable, _, _ = select.select([stop_fd, *fds], [], [], waits if len(self._ready) < self._size else None)
             if stop_fd in readable:
                 return
-            for fd in readable:  # the monitor says something to us only by ending the connection
+            for fd in readable:  # all that its monitor says is that somebody has it, or that it has ended
                 self._ready.pop(fds[fd]).close()
 
     def add(self) -> str:

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast import trace
-from holdfast.errors import HoldfastError, InUse, InvalidInput, NotReleased, TimedOut, from_exception
+from holdfast.errors import HoldfastError, InUse, InvalidInput, ProtocolError, from_exception
 from holdfast.linux import priority, syscalls, user_namespaces
-from holdfast.machine import cgroups, namespace, ports, template, vm
-from holdfast.machine.choosing import choose_machine
+from holdfast.machine import ports, vm
 from holdfast.pod.attach import HotAttach
 from holdfast.pod.containers import Containers
+from holdfast.pod.ending import release_all, release_cleanly
 from holdfast.pod.freezer import freeze
 from holdfast.pod.gate import Gate
 from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
 from holdfast.pod.snapshot import FrozenPod, Snapshot
+from holdfast.pod.starting import Place, start
 from holdfast.pod.thawing import thaw
 from holdfast.pod.warming import warm_up
 from holdfast.storage.description import describe
@@ -43,10 +44,6 @@ if TYPE_CHECKING:
     from holdfast.machine.sandbox import PodSandbox
 
 SOCKET = "monitor.sock"
-#: Less than this, a process writes to wake its own threads, and the like.
-_NOISE_BYTES = 1 << 16
-#: How long a guest that writes nothing may take to unmount the user's disks when its pod ends.
-_CLEAN_SECONDS = 20.0
 #: For a guest to make the mounts of its shares anew.
 _RENEW_SECONDS = 30.0
 
@@ -80,14 +77,12 @@ class Service:
         self._config = config
         self._lock_fd = lock_fd
         self._host_pid = host_pid
-        self._folder = Path(config.root) / "pods" / config.name
-        self._export = self._folder / "export"
-        self._served = self._folder / "served"
+        self._place = Place(Path(config.root) / "pods" / config.name)
         self._journal = Journal(Path(config.root))
         self._created_ns = time.time_ns()
         self._machine: PodSandbox | None = None
         self._machine_config: MachineConfig | None = None
-        self._booted = True
+        self._booted = False
         self._engine: Engine
         self._containers: Containers
         self._attached: HotAttach
@@ -138,7 +133,7 @@ class Service:
         os.dup(client_fd)
         first = self._connection()
         await loop.create_connection(lambda: first, sock=socket.socket(fileno=client_fd))
-        server = await loop.create_unix_server(self._connection, path=str(self._folder / SOCKET))
+        server = await loop.create_unix_server(self._connection, path=str(self._place.folder / SOCKET))
         starting = asyncio.ensure_future(self._bring_up(first))
         self._own(first if self._config.ephemeral else None)
         await self._ending.wait()
@@ -185,18 +180,22 @@ class Service:
 
     async def _bring_up(self, client: Connection) -> None:
         try:
-            self._mount_export()
+            self._place.mount()
             trace.mark("folder of shares")
             record = await self._thaw() if self._config.snapshot else None
             if record is None:
-                self._machine = await self._start_sandbox(lambda text: client.event("say", {"text": text}))
+                started = await start(
+                    self._config, self._place, self._journal, self._lock_fd,
+                    lambda text: client.event("say", {"text": text}),
+                )  # fmt: skip
+                self._machine, self._machine_config, self._booted = started
                 self._engine = self._make_engine(self._machine)
                 if self._config.pooled:
-                    client = await self._wait_for_taker(self._machine, client)
+                    client = await self._wait_for_taker(started.sandbox, client)
             machine = self._machine
             assert machine is not None
             self._containers = Containers(
-                self._config.name, self._folder, machine, self._engine,
+                self._config.name, self._place.folder, machine, self._engine,
                 tmp="auto" if self._config.isolation == "vm" else "rootfs",
                 rootless=self._config.isolation == "namespace" and user_namespaces.inside(), gate=self._gate,
             )  # fmt: skip
@@ -216,7 +215,8 @@ class Service:
     async def _wait_for_taker(self, machine: PodSandbox, client: Connection) -> Connection:
         """Has the machine ready for who wants one; returns the client that has taken it."""
         assert isinstance(machine, vm.VirtualMachine)
-        await warm_up(machine, Containers(self._config.name, self._folder, machine, self._engine), client, self._folder)
+        folder = self._place.folder
+        await warm_up(machine, Containers(self._config.name, folder, machine, self._engine), client, folder)
         self._warm.set_result(None)
         client = await self._taken
         self._engine = self._make_engine(machine)  # of another name, and holding nothing
@@ -229,26 +229,26 @@ class Service:
             machine = self._machine_config = record.machine
             name, used = self._config.name, self._config.template or machine.key
             self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, used))
-            self._booted = False
             self._machine, self._engine = await thaw(
-                snapshot, record, self._make_engine, Path(self._config.data), export=str(self._served),
-                console_log=str(self._folder / "console.log"), hold_fd=self._lock_fd, hostname=name,
+                snapshot, record, self._make_engine, Path(self._config.data), export=str(self._place.served),
+                console_log=self._place.console_log, hold_fd=self._lock_fd, hostname=name,
             )  # fmt: skip
             return record
 
     async def _take_over(self, record: FrozenPod) -> None:
         """Takes over what runs in the machine."""
         assert self._machine is not None
-        self._containers.adopt(record.containers, await self._machine.request("processes", {}, vm.HELLO_SECONDS))
+        processes = await self._machine.request("processes", {}, vm.HELLO_SECONDS)
+        self._containers.adopt(record.containers, _checked(processes, dict[str, list[int]]))
         self._attached.adopt(record.attached)
         if record.storage.shares:
             await self._machine.request("renew", {}, _RENEW_SECONDS)
         await self._machine.request("thaw", {}, vm.HELLO_SECONDS)
         answer = await self._machine.request("reconnect", {}, vm.HELLO_SECONDS)
-        self._containers.take_ends(answer["ended"])
+        self._containers.take_ends(_checked(answer, dict[str, dict[str, int]]).get("ended", {}))
 
     def _make_engine(self, machine: PodSandbox) -> Engine:
-        machine.export = str(self._export)
+        machine.export = str(self._place.export)
         return Engine(
             machine, self._journal, self._config.name, Path(self._config.data),
             writable_shares=self._config.writable_shares, pmem=self._make_pmem(machine),
@@ -277,73 +277,6 @@ class Service:
                 await asyncio.shield(client.lost)
         self._ending.set()
 
-    def _mount_export(self) -> None:
-        """Mounts the folder that shares are bound in, and the view of it that the guest is served.
-
-        The view is read-only and a slave: shares appear in it with their own access, and nothing else can be
-        made there.  A guest that could, might put a link where the next share is about to be bound.
-        """
-        self._export.mkdir(mode=0o700)
-        self._served.mkdir(mode=0o700)
-        syscalls.mount(
-            "holdfast", str(self._export), "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m"
-        )
-        syscalls.mount("none", str(self._export), "", syscalls.MS_PRIVATE)
-        syscalls.mount("none", str(self._export), "", syscalls.MS_SHARED)
-        syscalls.mount(str(self._export), str(self._served), "", syscalls.MS_BIND)
-        syscalls.mount("none", str(self._served), "", syscalls.MS_SLAVE)
-        syscalls.mount("none", str(self._served), "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
-
-    async def _start_sandbox(self, say: Callable[[str], None]) -> PodSandbox:
-        """The kind that was asked for, and never the other one."""
-        if self._config.isolation == "vm":
-            return await self._start_machine(say)
-        cgroup = cgroups.of_pod(self._config.root, self._config.name)
-        cgroups.remove(cgroup)  # what is left of a pod of this name, whose monitor was killed
-        runtime = cgroups.choose_runtime()
-        return await namespace.start(
-            export=str(self._export), console_log=str(self._folder / "console.log"),
-            cgroup=cgroup, runtime=(runtime.path, *runtime.options), hold_fd=self._lock_fd,
-        )  # fmt: skip
-
-    async def _start_machine(self, say: Callable[[str], None]) -> vm.VirtualMachine:
-        config, data = self._config, Path(self._config.data)
-        expandable = config.ports or bool(config.pmem.count)
-        machine = await choose_machine(data, config.memory_bytes, config.cpus, expandable, say)
-        self._machine_config = machine
-        if config.cold:
-            return await self._boot(machine)
-        try:
-            async with template.held(data, machine, say, wait=False) as (folder, _):
-                return await self._clone(machine, folder)
-        except InUse as error:
-            if error.code != "template-busy":
-                raise
-            say(f"booting without a template: {error.why}")
-            return await self._boot(machine)
-
-    async def _clone(self, machine: MachineConfig, folder: Path) -> vm.VirtualMachine:
-        name = self._config.name
-        self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, machine.key))
-        self._booted = False
-        # The kernel closes a dead monitor's files before it kills what is in its namespace, so QEMU holds the pod's
-        # lock, too: nobody gets a lease on a disk that it can still write to.
-        return await template.clone(
-            folder, machine, export=str(self._served), console_log=str(self._folder / "console.log"),
-            hold_fd=self._lock_fd, hostname=name,
-        )  # fmt: skip
-
-    async def _boot(self, machine: MachineConfig) -> vm.VirtualMachine:
-        name = self._config.name
-        self._journal.add_machine(MachineRow(name, self._config.data, machine.guest.id, ""))
-        ram = self._folder / "ram"
-        with open(ram, "wb") as file:
-            file.truncate(self._config.memory_bytes)
-        return await vm.start(
-            machine, ram_path=str(ram), ram_shared=True, export=str(self._served),
-            console_log=str(self._folder / "console.log"), hold_fd=self._lock_fd, hostname=name,
-        )  # fmt: skip
-
     def _on_death(self) -> None:
         if self._config.ephemeral and not self._ending.is_set():
             asyncio.get_running_loop().call_later(0.2, self._ending.set)
@@ -356,53 +289,16 @@ class Service:
         if machine is not None:
             machine.closing = True
             if not machine.died.done() and self._engine.has_writable():
-                lost = await self._release_cleanly(machine)
+                lost = await release_cleanly(self._engine, machine, self._config.name)
             await machine.close()
             if self._engine.held():
-                errors = await self._release_all()
+                errors = await release_all(self._engine)
             if errors:  # a release that was under way when the machine ended: with the machine gone it can finish
-                errors = await self._release_all()
+                errors = await release_all(self._engine)
         if self._pmem is not None:
             self._pmem.close()
-        for mounted in (self._served, self._export):
-            with contextlib.suppress(OSError):
-                syscalls.umount(str(mounted), syscalls.MNT_DETACH)
+        self._place.unmount()
         return lost + errors
-
-    async def _release_cleanly(self, machine: PodSandbox) -> list[Exception]:
-        """Unmounts what could lose writes; returns what could not be, for then something may be lost.
-
-        A guest that neither finishes nor writes anything for a while is ended all the same.
-        """
-
-        async def release() -> list[Exception]:
-            # What a container kept busy is free when it is gone.
-            return await self._release_all() and await self._release_all()
-
-        releasing = asyncio.ensure_future(release())
-        written = (-1, -1)
-        try:
-            while not (await asyncio.wait({releasing}, timeout=_CLEAN_SECONDS))[0]:
-                disks = sum([writes for _, writes in (await machine.traffic()).values()])
-                now = (disks, _written_by(machine.pid) // _NOISE_BYTES)  # shares are written to by the process itself
-                if now == written:
-                    raise TimedOut("write back", why=f"the guest has written nothing for {_CLEAN_SECONDS:g} s")
-                written = now
-            return releasing.result()
-        except HoldfastError as error:
-            releasing.cancel()
-            return [
-                NotReleased(
-                    "end pod", subject=self._config.name, why=f"its disks were not unmounted: {error}",
-                    code="unclean-end", hint="check the disks and shares that it could write to",
-                )
-            ]  # fmt: skip
-
-    async def _release_all(self) -> list[Exception]:
-        """Lets go for all holders side by side; nothing is in the way of the others."""
-        holders = self._engine.held()
-        results = await asyncio.gather(*map(self._engine.release, holders), return_exceptions=True)
-        return [result for result in results if isinstance(result, Exception)]
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -430,10 +326,12 @@ class Service:
         except BaseException:
             self._config = old
             raise
-        self._folder = self._folder.with_name(request.name)
-        self._export, self._served = self._folder / "export", self._folder / "served"
+        self._place = Place(self._place.folder.with_name(request.name))
         self._created_ns = time.time_ns()
+        keeper = self._owner
         self._own(client if request.ephemeral else None)
+        if keeper is not None:
+            keeper.event("taken", {})  # whoever keeps the pool may make another
         try:
             priority.restore(machine.pid)
             await machine.make_unique(request.name)
@@ -558,13 +456,12 @@ class Service:
         self._ending.set()
 
 
-def _written_by(pid: int) -> int:
-    """Bytes that a process has written, to anything (proc(5), io); 0 if it cannot be known."""
+def _checked(answer: Any, kind: Any) -> Any:
+    """What a guest has answered, which may be anything."""
     try:
-        with open(f"/proc/{pid}/io") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("wchar:"))
-    except OSError:
-        return 0
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError("read the guest's answer", why=error) from None
 
 
 def _convert(params: dict[str, Any], kind: Any) -> Any:

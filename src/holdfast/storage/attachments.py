@@ -346,4 +346,4 @@ async def while_alive(sandbox: Sandbox, action: Callable[[], Awaitable[object]])
 def add_causes(error: BaseException, causes: list[Exception]) -> None:
     """What could not be undone is reported with what made the undoing necessary."""
     if causes and isinstance(error, HoldfastError):
-        error.causes += tuple(causes)
+        error.also(*causes)

@@ -71,7 +71,7 @@ class CountedMany(Counted[K, V]):
         if errors:
             left = await self._unmade_many(self._give_up(keys, entries))
             if isinstance(errors[0], HoldfastError):
-                errors[0].causes += tuple(left)
+                errors[0].also(*left)
             raise errors[0]
         for entry in entries:
             entry.waiting -= 1

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the types
+from holdfast.spec.disk_options import BLOCKDEV
 from holdfast.spec.hints import Hint  # noqa: TC001
 from holdfast.spec.runtime import clean_path
 
@@ -275,7 +276,8 @@ class Plan(msgspec.Struct, frozen=True):
             mount["options"] = list(rewrite.options)
         for mount in spec.get("mounts") or ():
             # crun makes no file at a path that ends with a slash.
-            mount["destination"] = clean_path(mount["destination"])
+            if not mount["destination"].startswith(BLOCKDEV):
+                mount["destination"] = clean_path(mount["destination"])
         spec.pop("windows", None)
         for name in _OF_THE_HOST:  # they name the host's disks and network interfaces
             (spec.get("linux", {}).get("resources") or {}).pop(name, None)

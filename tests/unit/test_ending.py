@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from holdfast.errors import NotReleased
-from holdfast.pod import service as service_module
-from holdfast.pod.messages import PodRequest
-from holdfast.pod.service import Service
+from holdfast.pod import ending as module
 
 if TYPE_CHECKING:
     import pytest
@@ -53,11 +51,8 @@ class Engine:
 
 def end(monkeypatch: pytest.MonkeyPatch, machine: Machine, engine: Engine) -> list[Exception]:
     """What the release at a pod's end reports."""
-    monkeypatch.setattr(service_module, "_CLEAN_SECONDS", 0.01)
-    service: Any = object.__new__(Service)
-    service._config = PodRequest("pod", "/root", "/data")
-    service._engine = engine
-    return asyncio.run(service._release_cleanly(machine))
+    monkeypatch.setattr(module, "_CLEAN_SECONDS", 0.01)
+    return asyncio.run(module.release_cleanly(cast("Any", engine), cast("Any", machine), "pod"))
 
 
 def test_a_guest_that_goes_on_writing_is_waited_for(monkeypatch):
