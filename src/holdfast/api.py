@@ -376,6 +376,18 @@ class Pod:
         if stop:
             self.remove()
 
+    def hold(self, image: str) -> None:
+        """Attaches and mounts an image's layers, for containers to come; they stay until the pod ends.
+
+        Raises:
+            NotFound: there is no such image.
+            Exhausted: no slot is free.
+        """
+        from holdfast.image.store import ImageStore
+
+        layers = [(layer.disk, layer.diff_id) for layer in ImageStore(self.data).get(image).layers]
+        self._client.request("hold", {"image": image, "layers": layers})
+
     def make_template(self, name: str) -> None:
         """Saves the pod as it is at one moment for ``Pod(template=name)`` to go on from, in no time.
 

@@ -202,7 +202,7 @@ def test_scratch_has_the_size_asked_for(shared_pod):
 def test_a_terminal(shared_pod):
     with start(shared_pod, "tty; stty size; read x; echo got $x; stty size", name="t", terminal=True,
                size=(33, 99)) as session:  # fmt: skip
-        session.wait_for(b"33 99")
+        session.wait_for(b"33 99\r\n")
         shared_pod._client.request("resize", {"key": "t", "size": [11, 22]})
         session.write(b"hello\r")
         assert session.wait() == 0

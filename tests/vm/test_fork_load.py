@@ -13,7 +13,7 @@ from tests.vm.forks import Chain, end, forks, python, shell, side_by_side
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROUNDS = 20
+ROUNDS = 6
 WRITERS = ("a", "b")
 #: Writes pages of memory and of a file over and over, with numbers that it remembers elsewhere; asked to, it compares.
 WRITE = """

@@ -32,6 +32,7 @@ from tests.vm.support import (
     assert_holds_nothing,
     assert_nothing_held,
     output,
+    running,
     sh,
     wait_for_end,
 )
@@ -155,7 +156,7 @@ class Device:
 #: Messages of 9P2000.L (diod's protocol.md), and those of 9P2000.u that QEMU answers as well.  Whatever makes or finds
 #: a fid returns it; a walk that ends before its last name counts as refused, like one that does not begin.
 _CLIENT = """
-TOP, RW, RO, OTHER, ONE = range(1, 6)
+TOP, GROUP, LEFT, EMPTY, RW, RO, OTHER, KEPT, ALONE, ONE = range(1, 11)
 ANY = 0xFFFFFFFF
 
 class Refused(Exception):
@@ -204,11 +205,11 @@ def walk(fid, *names, to=None):
 
 def begin(dialect="9P2000.L"):
     global last
-    last = 10
+    last = 20
     version(name=dialect)
     attach(fid=TOP)
-    for fid, number in numbers.items():
-        walk(TOP, number, to=fid)
+    for fid, names in places.items():
+        walk(TOP, *names, to=fid)
 
 def lopen(fid, flags=0):
     call(12, "II", fid, flags)
@@ -302,17 +303,28 @@ def outcome(attack):
         device.start()
         return "broken"
 
+def all_places():
+    for name in ls(TOP):
+        yield [name]
+        if name[0] == "b":
+            for inner in ls(TOP, name):
+                yield [name, inner]
+
 device = Device("holdfast-none")
-numbers = {}
+places = {}
 begin()
-for name in ls(TOP):
-    content = outcome(f"read(TOP, {name!r}, 'file')")
+for names in all_places():
+    content = outcome(f"read(TOP, *{names!r}, 'file')")
     if content in FILES:
-        numbers[FILES.index(content) + RW] = name
-assert len(numbers) == len(FILES), numbers
+        assert FILES.index(content) + RW not in places, (content, names)
+        places[FILES.index(content) + RW] = names
+assert {RW, RO, OTHER, ALONE, ONE} <= set(places), places
 """
 
 _ATTACK = """
+places[GROUP], places[LEFT] = places[RW][:1], places[KEPT][:1]
+[places[EMPTY]] = [names for names in all_places() if names[:-1] == places[LEFT] and names != places[KEPT]]
+numbers = {fid: names[-1] for fid, names in places.items()}
 for attack in ATTACKS:
     begin()
     print(repr((attack, outcome(attack))))
@@ -321,8 +333,12 @@ device.give_back()
 
 # -- what it sends, and what it gets ----------------------------------------------------------------
 
-#: What is served: the container's root and /usr are shares, too.
-_EXPORT = [str(number) for number in range(6)]
+#: What is served: two groups, and the share with a cache mode of its own and the file, which are alone.
+_EXPORT = ["7", "8", "b0", "b2"]
+#: The container's root and /usr are shares, too.
+_IN_GROUP = ["2", "3", "4", "5", "6"]
+#: A group that one share is left of: where the other was there is an empty folder.
+_IN_LEFT = ["0", "1"]
 _IN_RW = ["device", "dir", "fifo", "file", "hard", "moved-dir", "socket", "to-dir", "to-etc", "to-file", "up"]
 
 #: Names that are paths, absolute and relative, to what is there and to what is not.  A server that follows them harms
@@ -332,6 +348,7 @@ _PATHS = (
     'OUTSIDE + "/secret"', 'OUTSIDE + "/new"', '"../" * 40 + OUTSIDE[1:] + "/secret"', '"to-dir/secret"',
     '"to-dir/new"',
 )  # fmt: skip
+_PLACES = ("numbers[GROUP]", 'numbers[GROUP] + "/" + numbers[RW]', 'numbers[GROUP] + "/.."', 'numbers[ALONE] + "/.."')
 _PATHS_OF_THE_HOST = ('"/etc"', '"/etc/passwd"', '"../" * 40 + "etc/passwd"', '"/proc/self/root"', '"to-etc/passwd"')
 
 
@@ -360,10 +377,25 @@ def _making(folder: str, name: str, file: str = 'walk(RW, "file")') -> list[str]
     return [message.replace("FOLDER", folder).replace("NAME", name).replace("FILE", file) for message in messages]
 
 
+_OTHERS = ("RO", "OTHER", "KEPT", "ALONE", "ONE")
+#: What is no share: the export, its groups, and where a share of one was.
+_FOLDERS = ("TOP", "GROUP", "LEFT", "EMPTY")
+#: What is in these.
+_ENTRIES = (
+    ("TOP", "GROUP"), ("TOP", "LEFT"), ("TOP", "ALONE"), ("TOP", "ONE"), ("GROUP", "RW"), ("LEFT", "KEPT"),
+    ("LEFT", "EMPTY"),
+)  # fmt: skip
+
+
 #: Sent first: the channel works, and makes what the rest needs.
 WORKS: dict[str, object] = {
     "ls(TOP)": _EXPORT,
+    "ls(GROUP)": _IN_GROUP,
+    "ls(LEFT)": _IN_LEFT,
+    "ls(EMPTY)": [],
     'read(RW, "file")': b"rw",
+    'read(KEPT, "file")': b"kept",
+    'read(ALONE, "file")': b"alone",
     'read(RO, "file")': b"ro",
     'read(RW, "dir", "file")': b"in dir",
     'read(RW, "dir", "..", ".", "dir", "file")': b"in dir",
@@ -382,21 +414,28 @@ WORKS: dict[str, object] = {
 }
 ATTACKS: dict[str, dict[str, object]] = {
     "walk": {
-        **_names("ls(RW, NAME)", up=_EXPORT, here=_IN_RW),
+        **_names("ls(GROUP, NAME)", up=_EXPORT, here=_IN_GROUP),
+        **_names("ls(ALONE, NAME)", up=_EXPORT, here=["file"]),
+        **_names("ls(EMPTY, NAME)", up=_IN_LEFT, here=[]),
+        **_names("ls(RW, NAME)", up=_IN_GROUP, here=_IN_RW),
         **_names('ls(RW, "dir", NAME)', up=_IN_RW, here=["file"]),
-        **_all("ENOENT", *(f"walk({fid}, {path})" for fid in ("RW", "TOP") for path in _PATHS_OF_THE_HOST)),
+        **_all("ENOENT", *(f"walk({fid}, {path})" for fid in ("RW", "GROUP", "TOP") for path in _PATHS_OF_THE_HOST)),
         **_all(
             _EXPORT, 'ls(TOP, "..")', 'ls(RW, *[".."] * 16)', 'ls(walk(RW, "dir"), "..", "..", "..")',
-            'ls(RW, "to-dir", "..", "..")', 'ls(walk(RW, "to-dir"), "..", "..")',
+            'ls(GROUP, *[".."] * 16)', 'ls(RW, "to-dir", "..", "..", "..")', 'ls(walk(RW, "to-dir"), "..", "..", "..")',
         ),
+        **_all(_IN_GROUP, 'ls(RW, "to-dir", "..", "..")', 'ls(walk(RW, "to-dir"), "..", "..")'),
         'walk(RW, *[".."] * 17)': "EINVAL",
         'walk(RW, "..", "..", "..", "outside", "secret")': "after 3",
+        'walk(GROUP, "..", "..", "outside", "secret")': "after 2",
         'read(ONE, "secret")': "ENOENT",
         'read(ONE, "..", "secret")': "after 1",
+        # What was shared there is so no longer.
+        'read(EMPTY, "file")': "ENOENT",
     },
     "attach": _all(
         _EXPORT, 'ls(attach("/", user=OUTSIDE))',
-        *(f"ls(attach({name}))" for name in ('""', '".."', 'numbers[RW] + "/.."', *_PATHS, *_PATHS_OF_THE_HOST)),
+        *(f"ls(attach({name}))" for name in ('""', '".."', *_PLACES, *_PATHS, *_PATHS_OF_THE_HOST)),
     ),
     "make": {
         attack: outcome
@@ -412,7 +451,8 @@ ATTACKS: dict[str, dict[str, object]] = {
         # Twstat takes these names: they lead no further than to the export, which is another mount.
         **_all("EXDEV", *(f'wstat(walk(RW, {path}), "..")' for path in ('"file"', '"dir", "file"'))),
         **_all("EXDEV", 'wstat(walk(RW, "file"), ".")', 'wstat(walk(RW, "file"), b"..\\0new")'),
-        'wstat(RW, "..")': "EBUSY",
+        **_all("EXDEV", *(f'wstat({it}, "..")' for it in ("RW", "KEPT", "EMPTY"))),
+        **_all("EBUSY", *(f'wstat({it}, "..")' for it in ("ALONE", "GROUP", "LEFT"))),
     },
     "attributes": {
         **_all("ENOTSUP", *(f'xattrwalk(walk(RW, "file"), {name})' for name in ('".."', *_PATHS))),
@@ -449,13 +489,22 @@ ATTACKS: dict[str, dict[str, object]] = {
         'lopen(walk(RW, "new"))': "ELOOP",
         'remove(walk(RW, "new"))': None,
     },
+    # Of the same group, of another, of none.
     "other shares": _all(
-        "EXDEV", *(f'link(RW, walk({share}, "file"), "new")' for share in ("RO", "OTHER", "ONE")),
-        'link(OTHER, walk(RW, "file"), "new")', 'tcreate(RW, "new", 0x01000000, str(walk(RO, "file")))',
-        *(f'renameat({share}, "file", RW, "new")' for share in ("RO", "OTHER", "ONE")),
-        *(f'rename(walk({share}, "file"), RW, "new")' for share in ("RO", "OTHER", "ONE")),
-        'renameat(RW, "file", OTHER, "new")', 'renameat(RW, "dir", OTHER, "new")',
-        'renameat(TOP, numbers[RW], RW, "new")', 'renameat(RW, "dir", TOP, "new")',
+        "EXDEV", *(f'link(RW, walk({share}, "file"), "new")' for share in _OTHERS),
+        *(f'link({share}, walk(RW, "file"), "new")' for share in _OTHERS if share not in ("RO", "ONE")),
+        'tcreate(RW, "new", 0x01000000, str(walk(RO, "file")))',
+        *(f'renameat({share}, "file", RW, "new")' for share in _OTHERS),
+        *(f'rename(walk({share}, "file"), RW, "new")' for share in _OTHERS),
+        *(f'renameat(RW, "{name}", {share}, "new")' for name in ("file", "dir") for share in _OTHERS),
+        *(f'renameat(RW, "dir", {folder}, "new")' for folder in _FOLDERS),
+        *(f'rename(walk(RW, "file"), {folder}, "new")' for folder in _FOLDERS),
+        *(f'renameat({folder}, numbers[{entry}], RW, "new")' for folder, entry in _ENTRIES),
+        *(
+            f'renameat({folder}, numbers[{entry}], {other}, "new")'
+            for folder, entry in _ENTRIES for other in _FOLDERS
+            if folder != other and {folder, other} != {"LEFT", "EMPTY"}
+        ),
     ),
     "read-only": {
         **_all("EROFS", *_making("RO", '"new"'), *_making("RO", '"new"', 'walk(RO, "file")')),
@@ -471,13 +520,33 @@ ATTACKS: dict[str, dict[str, object]] = {
         ),
     },
     "the export itself": {
-        **_all("EROFS", *_making("TOP", '"new"'), *_making("ONE", '"new"')),
+        **_all("EROFS", *(message for folder in (*_FOLDERS, "ONE") for message in _making(folder, '"new"'))),
         **_all(
-            "EROFS", "unlinkat(TOP, numbers[RW], 0x200)", 'renameat(TOP, numbers[RW], TOP, "new")', "remove(RW)",
-            "renameat(TOP, numbers[RW], TOP, numbers[RO])", 'rename(RW, TOP, "new")', 'wstat(RW, "new")',
-            "setattr(TOP, 1, mode=0o777)", "setattr(TOP, 6, uid=5, gid=5)", 'unlinkat(ONE, "file")',
-            'remove(walk(ONE, "file"))', 'renameat(ONE, "file", ONE, "new")',
+            "EROFS", *(
+                message.replace("FOLDER", folder).replace("ENTRY", entry)
+                for folder, entry in _ENTRIES
+                for message in (
+                    "unlinkat(FOLDER, numbers[ENTRY], 0x200)", 'renameat(FOLDER, numbers[ENTRY], FOLDER, "new")',
+                    "remove(ENTRY)", 'rename(ENTRY, FOLDER, "new")', 'wstat(ENTRY, "new")',
+                )
+            ),
+            "renameat(GROUP, numbers[RW], GROUP, numbers[RO])", "renameat(TOP, numbers[GROUP], TOP, numbers[LEFT])",
+            "renameat(TOP, numbers[ALONE], TOP, numbers[ONE])", "renameat(LEFT, numbers[EMPTY], LEFT, numbers[KEPT])",
+            'renameat(LEFT, numbers[KEPT], EMPTY, "new")', 'unlinkat(ONE, "file")', 'remove(walk(ONE, "file"))',
+            'renameat(ONE, "file", ONE, "new")',
         ),
+        **_all(
+            "EROFS", *(
+                message.replace("FOLDER", folder)
+                for folder in _FOLDERS
+                for message in (
+                    "setattr(FOLDER, 1, mode=0o777)", "setattr(FOLDER, 6, uid=5, gid=5)", "setattr(FOLDER, 0x30)",
+                    "wstat(FOLDER, mode=0x800001FF)", 'clunk(xattrcreate(walk(FOLDER), "user.new", 0))',
+                )
+            ),
+        ),
+        # QEMU opens a folder for reading, whatever is asked for.
+        **_all("EINVAL", *(f'write(lopen(walk({it}), {flags}), b"x")' for it in _FOLDERS for flags in (1, 2, 0o1002))),
         "remove(TOP)": "EINVAL",
     },
     "special files": {
@@ -548,6 +617,7 @@ def lay_out(base: Path) -> Path:
     files = {
         "outside/secret": SECRET, "outside/sub/secret": SECRET, "single/secret": SECRET, "single/file": "single",
         "rw/file": "rw", "rw/dir/file": "in dir", "ro/file": "ro", "other/file": "other",
+        "alone/file": "alone", "kept/file": "kept", "gone/file": SECRET,
     }  # fmt: skip
     for path, content in files.items():
         (base / path).parent.mkdir(parents=True, exist_ok=True)
@@ -575,9 +645,20 @@ def cores_wanted() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_CORE, limits)
 
 
+@contextlib.contextmanager
+def one_kept(pod: holdfast.Pod, host: Path) -> Iterator[None]:
+    """One share of a group is left meanwhile, for another container has it, too."""
+    kept, *gone = (f"type=bind,src={host}/{name},dst=/{name}" for name in ("kept", "gone"))
+    with contextlib.ExitStack() as until_the_end:
+        with running(pod, "first", [kept, *gone]):
+            until_the_end.enter_context(running(pod, "second", [kept]))
+        yield
+
+
 def run(pod: holdfast.Pod, host: Path, program: str) -> holdfast.Result:
     """Runs ``program`` on top of the driver and the client, in a container with every right that helps."""
-    known = {"OUTSIDE": f"{host}/outside", "SECRET": SECRET.encode(), "FILES": [b"rw", b"ro", b"other", b"single"]}
+    files = [b"rw", b"ro", b"other", b"kept", b"alone", b"single"]
+    known = {"OUTSIDE": f"{host}/outside", "SECRET": SECRET.encode(), "FILES": files}
     given = "".join(f"{name} = {value!r}\n" for name, value in known.items())
     bundle = make_bundle(
         host / "bundle", [*HOST_PYTHON, "-c", given + _DRIVER + _CLIENT + program],
@@ -590,7 +671,8 @@ def run(pod: holdfast.Pod, host: Path, program: str) -> holdfast.Result:
     )  # fmt: skip
     mounts = (
         HOST_USR, f"type=bind,src={host}/rw,dst=/mnt/rw", f"type=bind,src={host}/ro,dst=/mnt/ro,ro",
-        f"type=bind,src={host}/other,dst=/mnt/other", f"type=bind,src={host}/single/file,dst=/mnt/file",
+        f"type=bind,src={host}/other,dst=/mnt/other", f"type=bind,src={host}/alone,dst=/mnt/alone,cache=loose",
+        f"type=bind,src={host}/single/file,dst=/mnt/file",
     )  # fmt: skip
     return pod.run(bundle=bundle, mounts=mounts, env=HOST_PYTHON_ENV)
 
@@ -598,7 +680,7 @@ def run(pod: holdfast.Pod, host: Path, program: str) -> holdfast.Result:
 def state(host: Path) -> dict[str, object]:
     """All of what no message may change.  The ctime tells even of what was changed and put back."""
     found: dict[str, object] = {"": sorted(os.listdir(host))}
-    for folder in ("outside", "single", "ro", "other"):
+    for folder in ("outside", "single", "ro", "other", "alone", "kept", "gone"):
         for path in (host / folder, *(host / folder).rglob("*")):
             status = path.lstat()
             found[str(path)] = (
@@ -614,7 +696,7 @@ def watching(host: Path) -> Iterator[Callable[[], list[tuple[str, str, int]]]]:
     folders = {}
     inotify = Inotify()
     try:
-        for folder in ("outside", "outside/sub", "single"):
+        for folder in ("outside", "outside/sub", "single", "gone"):
             fd = os.open(host / folder, os.O_PATH | os.O_CLOEXEC)
             folders[inotify.watch(fd, _IN_ALL_EVENTS)] = folder
             os.close(fd)
@@ -632,7 +714,7 @@ def attacked(shared_pod: holdfast.Pod, host: Path) -> Attacked:
     """All messages, sent in one run."""
     attacks = [*WORKS, *(attack for group in ATTACKS.values() for attack in group)]
     before, qemu_pid = state(host), shared_pod.inspect().qemu_pid
-    with watching(host) as look:
+    with one_kept(shared_pod, host), watching(host) as look:
         result = run(shared_pod, host, f"ATTACKS = {attacks!r}\n{_ATTACK}")
         seen = look()
     assert result.status == 0, result

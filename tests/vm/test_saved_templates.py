@@ -205,3 +205,19 @@ def test_the_commands(made: Path, state_root: Path, data: Path) -> None:
     assert answer("audit") == {"clean": True, "findings": []}
     assert templates.names(data) == [made.name]
     assert_nothing_held(state_root)
+
+
+def test_one_with_an_image_has_its_layers_attached(data, state_root):
+    name = "test-image"
+    words = ("--root", str(state_root), "--data", str(data))
+    assert text(*words, "template", "build", "--image", BUSYBOX, name) == f"{name}\n"
+    try:
+        with holdfast.Pod(template=name, root=state_root, data=data) as pod:
+            before = [(one["slot"], one["kind"], *one["holders"]) for one in pod.storage()["attachments"]]
+            assert {one[1:] for one in before} == {("layer", f"image:{BUSYBOX}")}
+            assert output(pod.run(BUSYBOX, ["echo", "well"])) == "well\n"
+            assert [(one["slot"], one["kind"], *one["holders"]) for one in pod.storage()["attachments"]] == before
+        assert fails(*words, "template", "build", "--image", "missing", "other")["code"] == "image-not-found"
+    finally:
+        templates.remove(data, name)
+    assert_nothing_held(state_root)

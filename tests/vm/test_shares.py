@@ -331,14 +331,17 @@ def test_hostile_directories_become_links_while_they_are_walked(hostile, folder)
     """One mount holds a directory, the other (with another 9p connection) puts a link in its place meanwhile."""
     program = f"""
 outside = {str(folder.parent / "outside")!r}
-end = time.monotonic() + 2
+start = time.monotonic()
 turns = 0
 reads = []
+def enough():
+    seconds = time.monotonic() - start
+    return seconds > 2 and min(len(reads), turns) > 5 or seconds > 60
 ready = threading.Barrier(4)
 def swap():
     global turns
     ready.wait()
-    while time.monotonic() < end:
+    while not enough():
         for target in (outside, "../outside", "../../../../../../../../../" + outside):
             os.rename("/n/dir", "/n/away")
             os.symlink(target, "/n/dir")
@@ -350,7 +353,7 @@ def walk(place):
     here = os.open(place + "/dir", os.O_RDONLY | os.O_DIRECTORY)
     below = os.open("sub", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
     ready.wait()
-    while time.monotonic() < end:
+    while not enough():
         look(lambda: cat("file", dir_fd=here))
         look(lambda: cat("sub/file", dir_fd=here))
         try:
@@ -415,11 +418,32 @@ except OSError as error:
     unharmed(folder)
 
 
-def test_hostile_the_export_itself(hostile, pod, folder):
-    """Who may mount can mount the pod's 9p devices: that shows the pod's shares as they are, and nothing else."""
+def test_hostile_the_export_itself(hostile, pod, folder, tmp_path):
+    """Who may mount can mount the pod's 9p devices: that shows the pod's shares as they are, and nothing else.
+
+    What was shared together is in a group, a folder that can be changed as little as the export itself, and its shares
+    are as far from each other as any.
+    """
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/file").write_text("second\n")
     program = f"""
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
+def attempt(*actions):
+    for action in actions:
+        try:
+            action()
+            yield "DONE"
+        except OSError as error:
+            yield errno.errorcode[error.errno]
+def change(folder, entry):
+    return attempt(
+        lambda: os.mkdir(folder + "/new"), lambda: os.symlink("/", folder + "/new"), lambda: open(folder + "/new", "w"),
+        lambda: os.mknod(folder + "/new"), lambda: os.link(f"/x/{{alone}}/other", folder + "/new"),
+        lambda: os.rename(folder + "/" + entry, folder + "/new"), lambda: os.rmdir(folder + "/" + entry),
+        lambda: os.chmod(folder, 0o777), lambda: os.chown(folder, 5, 5), lambda: os.utime(folder),
+        lambda: os.setxattr(folder, "user.new", b""),
+    )
 os.mkdir("/x")
 data = b"trans=virtio,version=9p2000.L,cache=none,aname=%s"
 for tag in (b"holdfast", b"holdfast-loose"):
@@ -427,22 +451,35 @@ for tag in (b"holdfast", b"holdfast-loose"):
         if libc.mount(tag, b"/x", b"9p", 0, data % name):
             print(errno.errorcode[ctypes.get_errno()])
             continue
-        print(all(entry.isdigit() for entry in os.listdir("/x")))
-        for path in ("../outside/file", "0/../../outside/file", "..{folder.parent}/outside/file"):
-            look(lambda: cat("/x/" + path))
-        for make in (lambda: os.mkdir("/x/99"), lambda: os.symlink("/", "/x/98"), lambda: os.rename("/x/0", "/x/97"),
-                     lambda: open("/x/96", "w")):
-            try:
-                make()
-                print("MADE")
-            except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EBUSY):
-                    print(error)
+        alone, group = sorted(os.listdir("/x"))
+        first, *others = sorted(os.listdir("/x/" + group))
+        print(alone.isdigit(), group == "b" + first, all(other.isdigit() for other in others))
+        for start in ("/x", "/x/" + alone, "/x/" + group, f"/x/{{group}}/{{first}}"):
+            for up in ("..", "../..", "../../..", "0/../.."):
+                look(lambda: cat(f"{{start}}/{{up}}/outside/file"))
+                look(lambda: cat(f"{{start}}/{{up}}{folder.parent}/outside/file"))
+        print(*{{*change("/x", alone), *change("/x", group), *change("/x/" + group, first)}})
+        inside = [f"/x/{{group}}/{{name}}" for name in (first, *others)]
+        m, s = (path for path in inside if os.path.exists(path + "/file"))
+        print(cat(m + "/file"), cat(s + "/file"))
+        print(*{{*attempt(
+            lambda: os.link(m + "/file", s + "/new"), lambda: os.link(s + "/file", m + "/new"),
+            lambda: os.rename(m + "/file", s + "/new"), lambda: os.rename(s + "/file", m + "/file"),
+            lambda: os.rename(m + "/dir", s + "/dir"), lambda: os.rename(m, s + "/new"),
+            lambda: os.link(f"/x/{{alone}}/other", m + "/new"), lambda: os.rename(m + "/file", f"/x/{{group}}/new"),
+        )}})
         libc.umount(b"/x")
 """
-    printed = hostile(program, [f"type=bind,src={folder},dst=/m"], pod).splitlines()
+    mounts = [
+        f"type=bind,src={folder},dst=/m", f"type=bind,src={tmp_path}/second,dst=/s",
+        f"type=bind,src={folder}/other,dst=/other",
+    ]  # fmt: skip
+    printed = hostile(program, mounts, pod).splitlines()
     # The first is mounted already; of the other, whatever name is asked for, the export's top.
-    assert printed == ["EBUSY"] * 4 + ["True"] * 4
+    each = ["True True True", "EROFS", r"b'file\n' b'second\n'", "EXDEV"]
+    assert printed == ["EBUSY"] * 4 + each * 4
+    assert sorted(os.listdir(folder)) == ["dir", "file", "other"]
+    assert os.listdir(tmp_path / "second") == ["file"]
     unharmed(folder)
 
 
@@ -474,3 +511,12 @@ def test_qemu_cannot_make_devices(shared_pod):
         fields = dict(line.split(":\t", 1) for line in file if line.startswith("Cap"))
     for number in (syscalls.CAP_MKNOD, syscalls.CAP_SETFCAP):
         assert not any(int(fields[name], 16) >> number & 1 for name in ("CapPrm", "CapEff", "CapBnd", "CapInh"))
+
+
+@pytest.mark.parametrize("cache", ["mmap", "none", "loose"])
+def test_shared_again_it_is_the_same_directory(shared_pod, tmp_path, cache):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("text")
+    for _ in range(3):
+        mounts = [f"type=bind,src={tmp_path},dst=/a,cache={cache}"]
+        assert output(sh(shared_pod, "cat /a/folder/file; ls /a", mounts=mounts)) == "textfolder\n"

@@ -266,8 +266,10 @@ def _add_stores(verbs: _Verbs) -> None:
     guest.add("inspect", "what it is made of", lambda _: GuestInspectOptions())
     template = verbs.group("template", "saved pods that new ones are cloned from")
     parser = template.add("build", "build one ahead, for pods that ask for this machine", make_template_build)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of one that is made --from-pod")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of one that is made --from-pod, or has an --image")
     parser.add_argument("--from-pod", metavar="POD", help="with what runs in this pod, to go on in each new one")
+    text = "with its layers attached and mounted (repeatable)"
+    parser.add_argument("--image", dest="images", action="append", default=[], metavar="IMAGE", help=text)
     _add_machine(parser)
     parser = _add_listing(
         template, "template", TemplateListOptions, TemplateInspectOptions, TemplateRemoveOptions, names="*"

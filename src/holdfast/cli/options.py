@@ -195,7 +195,7 @@ class GuestInspectOptions(Struct, frozen=True):
 
 
 class TemplateBuildOptions(Struct, frozen=True):
-    """What pods will ask for: a template is of one size; or ``name`` and the pod that it is made from."""
+    """What pods will ask for: a template is of one size; or ``name``, and the pod or the images that go into it."""
 
     memory_bytes: int = 256 * 1024**2
     cpus: int = 1
@@ -203,6 +203,7 @@ class TemplateBuildOptions(Struct, frozen=True):
     ports: bool = False
     name: str | None = None
     from_pod: str | None = None
+    images: tuple[str, ...] = ()
 
 
 class TemplateListOptions(Struct, frozen=True):
@@ -483,12 +484,17 @@ def _entrypoint(words: Words) -> tuple[str, ...] | None:
 
 def make_template_build(words: Words) -> TemplateBuildOptions:
     found = words.found
-    if found.from_pod is None:
+    if found.from_pod is None and not found.images:
         if found.name is not None:
-            raise words.wrong("only a template that is made --from-pod has a name")
+            raise words.wrong("only a template that is made --from-pod, or has an --image, has a name")
         return TemplateBuildOptions(*words.machine_size(), found.pmem, found.pci_ports)
     if found.name is None:
-        raise words.wrong("a template that is made --from-pod needs a name")
+        raise words.wrong("a template that is made --from-pod, or has an --image, needs a name")
+    if found.images:
+        if found.from_pod is not None or found.pmem or found.pci_ports:
+            raise words.wrong("a template that has an --image is of a plain pod of its own")
+        name, images = words.name(found.name, "NAME"), tuple(found.images)
+        return TemplateBuildOptions(*words.machine_size(), name=name, images=images)
     if found.memory is not None or found.cpus is not None or found.pmem or found.pci_ports:
         raise words.wrong("a template that is made --from-pod has the machine of that pod")
     return TemplateBuildOptions(name=words.name(found.name, "NAME"), from_pod=words.name(found.from_pod, "--from-pod"))

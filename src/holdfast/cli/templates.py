@@ -44,12 +44,23 @@ def build(command: TemplateBuildOptions, line: CommandLine, output: Output) -> i
     data = Path(line.data)
     if command.from_pod is not None:
         return _build_from_pod(command.from_pod, command.name or "", line, output)
+    if command.images:
+        return _build_with_images(command, line, output)
     key = run_alone(lambda: asyncio.run(_build(command, data, output.say)).encode()).decode()
     if output.json:
         output.data(template.load(data, key)[1])
     else:
         output.line(key)
     return 0
+
+
+def _build_with_images(command: TemplateBuildOptions, line: CommandLine, output: Output) -> int:
+    """Prints the template's name."""
+    name, size = command.name or "", (command.memory_bytes, command.cpus)
+    with api.Pod(root=line.root, data=line.data, memory=size[0], cpus=size[1], say=output.say) as pod:
+        for image in command.images:
+            pod.hold(image)
+        return _build_from_pod(pod.name, name, line, output)
 
 
 def _build_from_pod(pod_name: str, name: str, line: CommandLine, output: Output) -> int:

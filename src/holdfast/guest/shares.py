@@ -215,12 +215,24 @@ def remove_all(many: list[Any], children: Children) -> Task:
         yield from mounting.write_back(folder, children)
     below = _below(targets)
     results = [_outcome(_remove, target, below.get(target, ())) for target in targets]
+    if not export and os.path.ismount(EXPORTS["loose"][1]):
+        _forget_names()
     for folder in {os.path.dirname(target) for target in targets} - {_SHARES}:  # of groups
         try:
             os.rmdir(folder)
         except OSError:  # others of it are there
             continue
     return {"results": results}
+
+
+def _forget_names() -> None:
+    """Has the kernel forget directories that it keeps in memory, as it does those of shares that are cached "loose".
+
+    The same directory shared again, under another number, would be found in memory with the old one's 9p handles, which
+    lead nowhere now: a directory has one entry in memory only (fs/dcache.c, d_splice_alias).
+    """
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("2")
 
 
 def _remove(target: str, below: Iterable[str]) -> dict[str, Any]:

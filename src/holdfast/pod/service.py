@@ -35,6 +35,7 @@ from holdfast.storage.journal import Journal, MachineRow
 from holdfast.storage.pci import Functions
 from holdfast.storage.pmem import PmemLayers
 from holdfast.storage.reconcile import reconcile
+from holdfast.storage.steps import MountLayer
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Service:
             "attach": self._attach,
             "detach": self._detach,
             "grow": self._grow,
+            "hold": self._hold,
             "storage": self._storage,
             "inspect": self._inspect,
             "verify": self._verify,
@@ -374,6 +376,15 @@ class Service:
             if "path" in params:
                 return {"size_bytes": await grow_volume(self._engine, str(params["path"]), size_bytes)}
             return {"size_bytes": await grow_scratch(self._engine, str(params["container"]), size_bytes)}
+
+    async def _hold(self, _client: Connection, params: dict[str, Any]) -> Any:
+        """Has an image's layers ready for containers to come, as long as the pod lives."""
+        layers = _convert(params["layers"], tuple[tuple[str, str], ...])
+        steps = tuple(MountLayer(f"layer{i}", path, diff_id) for i, (path, diff_id) in enumerate(dict(layers).items()))
+        holder = f"image:{params['image']}"  # no container can have a colon in its name
+        async with self._gate.changing():
+            if not self._engine.holds(holder):
+                await self._engine.prepare(holder, steps)
 
     async def _freeze(self, client: Connection, _params: dict[str, Any]) -> Any:
         """Hands the client a snapshot: numbers of descriptors, open here until it says that it has copies of them."""
