@@ -4,9 +4,10 @@
 
 # Options for pytest, e.g. make test-unit ARGS='-k journal -x'
 ARGS ?=
-# As many at once as there are processors, whole files: what they share (a module's pod) is made once.
+# As many at once as there are processors, whole files: what they share (a module's pod) is made once. In their own order:
+# those with few tests, which come last otherwise, are the longest.
 JOBS ?= auto
-PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
