@@ -210,7 +210,7 @@ BAD = [
     ("pod fork p --name a --name a", "usage", "holdfast pod fork", "two pods cannot have one name"),
     ("pod fork p --name ../a", "usage", "holdfast pod fork", "--name: '../a'"),
     ("pod save p", "usage", "holdfast pod save", "FILE"),
-    ("template build t", "usage", "holdfast template build", "only a template that is made --from-pod, or has an --image, has a name"),
+    ("template build t", "usage", "holdfast template build", "or has an --image, has a name"),
     ("template build --from-pod p", "usage", "holdfast template build", "needs a name"),
     ("template build --from-pod p t --cpus 2", "usage", "holdfast template build", "has the machine of that pod"),
     ("template build --cpus 0", "usage", "holdfast template build", "--cpus: '0'"),
