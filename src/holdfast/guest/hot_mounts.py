@@ -19,6 +19,7 @@ from holdfast.linux import syscalls
 from holdfast.linux.fds import OwnedFd
 from holdfast.mounts import options as mount_options
 from holdfast.mounts.root import Root
+from holdfast.mounts.table import unescape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -222,16 +223,10 @@ def _find(pid: int, mount_id: int) -> bytes:
             for line in file.read(_MOST_BYTES).splitlines():
                 fields = line.split(b" ", 5)
                 if fields[0] == b"%d" % mount_id:
-                    return _plain(fields[4])
+                    return unescape(fields[4])
     except OSError as error:
         raise NotFound("find mount", subject=mount_id, why=error) from None
     raise NotFound("find mount", subject=mount_id)
-
-
-def _plain(path: bytes) -> bytes:
-    """Undoes the octal escapes of proc(5)."""
-    first, *rest = path.split(b"\\")
-    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
 
 
 def _take(namespace: int, root_fd: int, mount: HotMount, path: bytes) -> None:

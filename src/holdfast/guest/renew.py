@@ -14,6 +14,7 @@ from holdfast.errors import GuestFailed, InUse, TimedOut
 from holdfast.guest import mounting, shares
 from holdfast.guest.loop import sleep
 from holdfast.linux import syscalls
+from holdfast.mounts.table import unescape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Mounted:
         number, parent, device, root, target, options = before.split(b" ")[:6]
         self.number, self.parent = int(number), int(parent)
         self.device = tuple(map(int, device.split(b":")))
-        self.root, self.target = _plain(root), _plain(target)
+        self.root, self.target = unescape(root), unescape(target)
         self.options = options.decode().split(",")
         self.fstype = after.split(b" ", 1)[0]
 
@@ -276,9 +277,3 @@ def _put_back(namespace: int, trees: list[tuple[int, bytes]]) -> None:
 
 def _number(fd: int) -> int:
     return syscalls.statx_mount(fd, "", syscalls.AT_EMPTY_PATH)[0]
-
-
-def _plain(path: bytes) -> bytes:
-    """Undoes the octal escapes of proc(5)."""
-    first, *rest = path.split(b"\\")
-    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)

@@ -132,9 +132,11 @@ def _ordered(entries: list[Entry]) -> list[Entry]:
     return ordered
 
 
+def unescape(field: bytes) -> bytes:
+    """A path of mountinfo without its octal escapes (proc(5)): of space, tab, newline and backslash."""
+    first, *rest = field.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
+
+
 def _plain(field: bytes) -> str:
-    r"""A path without the octal escapes of mountinfo (``\040`` is a space)."""
-    if b"\\" not in field:
-        return os.fsdecode(field)
-    head, *rest = field.split(b"\\")
-    return os.fsdecode(head + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
+    return os.fsdecode(unescape(field))
