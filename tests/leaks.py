@@ -284,6 +284,25 @@ def _loops() -> dict[str, str]:
     return found
 
 
+def loops_of(path: str | Path) -> list[str]:
+    """The loop devices over a file, now."""
+    return [device for device, file in _loops().items() if file == str(path)]
+
+
+def no_loop_of(path: str | Path) -> bool:
+    """Whether the last loop device over a file has let go.
+
+    That is a moment after its last user has when another program looks for a free device just then: the kernel lets
+    it open one that is in use, to find that out, and the device ends with the last that has it open.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while loops_of(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def _clear_loop(device: str) -> None:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:

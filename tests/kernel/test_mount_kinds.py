@@ -262,10 +262,6 @@ def image(path: Path, kind: str = "ext4") -> Path:
     return path
 
 
-def loops_of(path: Path) -> list[str]:
-    return [device for device, file in leaks._loops().items() if file == str(path)]
-
-
 @pytest.mark.parametrize("kind", ["ext4", ""])
 def test_loop(ground, kind):
     disk = image(ground("disks") / ("disk" + "x" * 100))
@@ -273,29 +269,29 @@ def test_loop(ground, kind):
     ground.mount(kind, disk, target, "loop")
     assert found(target)["fstype"] == "ext4"
     assert not is_refused(target / "x")
-    assert len(loops_of(disk)) == 1
+    assert len(leaks.loops_of(disk)) == 1
     ground.unmount(target)
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
 
 
 def test_a_read_only_loop_device(ground):
     disk = image(ground("disks") / "disk", "erofs")
     disk.chmod(0o400)
     ground.mount("erofs", disk, ground("t"), "loop", "ro")
-    (device,) = loops_of(disk)
+    (device,) = leaks.loops_of(disk)
     with open(f"/sys/block/{os.path.basename(device)}/ro") as file:
         assert file.read() == "1\n"
     ground.unmount(ground("t"))
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
 
 
 def test_a_loop_device_that_is_still_open_goes_when_it_is_closed(ground):
     disk = image(ground("disks") / "disk")
     ground.mount("ext4", disk, ground("t"), "loop")
-    (device,) = loops_of(disk)
+    (device,) = leaks.loops_of(disk)
     with open(device, "rb"):
         ground.unmount(ground("t"))
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
 
 
 def test_a_loop_device_is_freed_only_from_its_own_file(ground):
@@ -309,10 +305,10 @@ def test_a_loop_device_is_freed_only_from_its_own_file(ground):
     info = disk.stat()
     try:
         loop.let_go(device, [info.st_dev, info.st_ino + 1])
-        assert loops_of(disk) == [device]
+        assert leaks.loops_of(disk) == [device]
     finally:
         loop.let_go(device, [info.st_dev, info.st_ino])
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
     loop.let_go(device, [info.st_dev, info.st_ino])
     loop.let_go("/dev/nosuch", [1, 2])
 
@@ -323,7 +319,7 @@ def test_a_loop_mount_that_fails_leaves_no_device(ground):
     for kind, options in (("ext4", ["loop"]), ("ext4", ["loop", "ro"]), ("nosuchfs", ["loop"]), ("", ["loop"])):
         with pytest.raises(HoldfastError):
             ground.mount(kind, disk, ground("t"), *options)
-        assert loops_of(disk) == []
+        assert leaks.no_loop_of(disk)
         assert not os.path.exists(ground.records)
     with pytest.raises(NotFound, match="nosuch"):
         ground.mount("ext4", disk.parent / "nosuch", ground("t"), "loop")
@@ -411,7 +407,7 @@ def test_loop_with_other_owners(ground):
     if mapped(ground, "ext4", disk, ground("t"), "loop"):
         assert owner(ground("t")) == (1000, 2000)
         ground.unmount(ground("t"))
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
 
 
 def test_overlay_with_other_owners(ground):
@@ -552,10 +548,10 @@ def test_all_or_nothing(ground):
     with pytest.raises(Unsupported, match=r"number 4\) nosuchfs"):
         mount_all(mounts, records=ground.records)
     assert leaks.mounts() == before
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
     assert mount_all(mounts[:3], records=ground.records) == [one.target for one in mounts[:3]]
     assert unmount_recursive(str(ground.folder), records=ground.records)
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
 
 
 @pytest.mark.parametrize(

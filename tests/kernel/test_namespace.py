@@ -16,6 +16,7 @@ from holdfast.guest.host import DEFAULT_LIMITS
 from holdfast.machine import cgroups
 from holdfast.spec.default import default_mounts, spec_for_image
 from holdfast.storage.journal import Journal
+from tests import leaks
 from tests.images import is_clean, make_bundle, make_disk
 from tests.kernel import namespace_pods
 from tests.vm import cli
@@ -40,12 +41,6 @@ def kill(pid: int) -> None:
     wait_for_end(pid)
 
 
-def loops_of(path: Path) -> list[str]:
-    """Loop devices over a file."""
-    found = subprocess.run(["losetup", "-j", path], capture_output=True, text=True, check=True).stdout
-    return [line.partition(":")[0] for line in found.splitlines()]
-
-
 def groups_of(root: Path, pod: str) -> list[str]:
     """Control groups of a pod, in every hierarchy."""
     group = cgroups.of_pod(root, pod)
@@ -66,9 +61,9 @@ def test_nothing_of_a_pod_is_left(data, state_root, disk):
         assert info.guest["runtime"] == cgroups.choose_runtime().path
         sh(pod, "echo kept > /d/new; sleep 1000", detach=True, mounts=[f"type=disk,src={disk},dst=/d"])
         assert groups_of(state_root, pod.name)
-        assert len(loops_of(disk)) == 1
+        assert len(leaks.loops_of(disk)) == 1
     # At once, not a moment later: who ends a pod may want its disks.
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
     assert groups_of(state_root, pod.name) == []
     wait_for_end(info.pid)
     assert not is_running(info.qemu_pid)
@@ -88,7 +83,7 @@ def test_the_agent_is_killed_while_a_container_writes(data, state_root, disk):
         assert "the agent was killed by signal 9" in str(caught.value)
     wait_for_end(info.pid)
     assert_nothing_held(state_root)
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
     assert is_clean(disk)  # the kernel has unmounted it: it is the host's, and goes on
 
 
@@ -145,14 +140,14 @@ def test_a_group_that_is_used_is_not_forgotten(data, state_root):
 
 def test_a_disk_that_the_host_has_open_is_not_released(shared_pod, disk):
     path = shared_pod.attach(f"type=disk,src={disk}")
-    [loop] = loops_of(disk)
+    [loop] = leaks.loops_of(disk)
     with open(loop, "rb"):
         with pytest.raises(NotReleased) as caught:
             shared_pod.detach(path)
         assert loop in str(caught.value)
         assert shared_pod.storage()["free_slots"] == 255
     shared_pod.detach(path)
-    assert loops_of(disk) == []
+    assert leaks.no_loop_of(disk)
     assert shared_pod.storage()["free_slots"] == 256
 
 
