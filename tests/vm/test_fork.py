@@ -107,6 +107,23 @@ def test_disks_of_the_users(pod, state_root, data, tmp_path, disk_format, hot):
     assert run("debugfs", "-R", "cat /file", raw).stdout == f"before\n{pod.name}\n"
 
 
+def test_a_pod_that_has_booted(state_root, data, tmp_path):
+    """It goes on from a save of its own, and so a fork of it is like any other; so is what is saved."""
+    file = str(tmp_path / "saved")
+    with holdfast.Pod(root=state_root, data=data, template="none") as pod:
+        assert pod.inspect().started_from == "boot"
+        idle(pod)
+        shell(pod, "c", "echo x > /file")
+        with forks(pod, 2) as children:
+            for one in (pod, *children):
+                shell(one, "c", f"echo {one.name} >> /file")
+            for one in (pod, *children):
+                assert shell(one, "c", "cat /file") == f"x\n{one.name}\n"
+        pod.save(file, stop=True)
+    with holdfast.restore(file, root=state_root, data=data) as pod:
+        assert shell(pod, "c", "head -n 1 /file") == "x\n"
+
+
 def test_a_disk_that_is_only_read(pod, state_root, data, tmp_path):
     """Every child holds it too: nobody may write to it until the last of them is gone."""
     (tmp_path / "content").mkdir()

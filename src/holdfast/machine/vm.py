@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from holdfast import trace
-from holdfast.errors import Exhausted, HoldfastError, MachineFailed, ProtocolError, TimedOut, Unsupported
+from holdfast.errors import Exhausted, HoldfastError, MachineFailed, ProtocolError, TimedOut
 from holdfast.machine import migration, ports
 from holdfast.machine.config import MachineConfig, Wiring, command_line
 from holdfast.machine.console import Console
@@ -137,15 +137,10 @@ class VirtualMachine:
             ever writes to again; their descriptors are ours, or those of ``copies``.
 
         Raises:
-            Unsupported: it was booted, not started from a save.
             MachineFailed: QEMU refused.  Nothing has changed then.
         """
         origin = self._origin
-        if origin is None:
-            raise Unsupported(
-                "freeze machine", why="it was booted, not started from a template", code="not-forkable",
-                hint="start the pod again, without --template none",
-            )  # fmt: skip
+        assert origin is not None, "who boots a machine to keep it starts it from its save"
         copying = Copies(self._qmp, self.disks, copies)
 
         async def at_stop() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +12,8 @@ import msgspec
 
 from holdfast.errors import InUse
 from holdfast.linux import syscalls
-from holdfast.machine import cgroups, namespace, template, vm
+from holdfast.linux.fds import OwnedFd
+from holdfast.machine import cgroups, migration, namespace, template, vm
 from holdfast.machine.choosing import choose_machine
 from holdfast.storage.journal import Journal, MachineRow
 
@@ -106,13 +109,23 @@ async def start(
 
 
 async def _boot(config: PodRequest, machine: MachineConfig, place: Place, lock_fd: int) -> vm.VirtualMachine:
-    ram = place.folder / "ram"
-    with open(ram, "wb") as file:
-        file.truncate(config.memory_bytes)
-    return await vm.start(
-        machine, ram_path=str(ram), ram_shared=True, export=str(place.served), console_log=place.console_log,
-        hold_fd=lock_fd, hostname=config.name,
-    )  # fmt: skip
+    """Boots a machine, saves it to memory, and goes on from there: so a pod that has booted can be forked like others.
+
+    That takes a twentieth of the boot.
+    """
+    with OwnedFd(os.memfd_create("ram")) as ram, OwnedFd(os.memfd_create("state")) as state:
+        os.ftruncate(ram.fileno(), config.memory_bytes)
+        start = partial(
+            vm.start, machine, ram_path="", ram_fd=ram.fileno(), export=str(place.served),
+            console_log=place.console_log, hold_fd=lock_fd,
+        )  # fmt: skip
+        booted = await start(ram_shared=True)
+        try:
+            await migration.save(booted.qmp, state.fileno())
+        finally:
+            await booted.close()
+        os.lseek(state.fileno(), 0, os.SEEK_SET)
+        return await start(ram_shared=False, state_fd=state.fileno(), hostname=config.name)
 
 
 async def _start_namespaces(config: PodRequest, place: Place, lock_fd: int) -> PodSandbox:
