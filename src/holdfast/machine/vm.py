@@ -300,7 +300,7 @@ async def start(
         export: folder served over 9p.
         console_log: file for what the guest prints.
         state_fd: saved device state to start from; -1 boots.
-        boot_seconds: how long a boot may take.
+        boot_seconds: how long QEMU may take to answer, and then the guest to boot.
         hold_fd: a descriptor that QEMU keeps open besides: a lock that is free only when QEMU, too, is gone.
         hostname: the guest's.  With it comes all else that makes a guest different from others, which one that starts
             from a state gets in any case, and one that is booted to be saved has no use for.
@@ -331,7 +331,7 @@ async def start(
             machine.forget_origin()
             raise
     try:
-        await machine.qmp.connect(HELLO_SECONDS)
+        await machine.qmp.connect(min(HELLO_SECONDS, boot_seconds))
         trace.mark("QEMU has greeted")
         if plug is not None:
             await plug(machine)
