@@ -8,9 +8,9 @@ import threading
 import pytest
 
 import holdfast
-from holdfast.errors import HoldfastError
+from holdfast.errors import Exhausted, HoldfastError
 from holdfast.machine.disks import LONGEST_CHAIN
-from tests.images import make_disk
+from tests.images import make_disk, run
 from tests.vm.forks import end, forks, idle, shell, until
 from tests.vm.support import assert_nothing_held, output, sh
 
@@ -113,24 +113,49 @@ def test_the_users_file_is_not_the_forks_copy(pod, tmp_path):
 # -- refused --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["deny", "shared", "booted"])
+@pytest.mark.parametrize("what", ["deny", "shared"])
 def test_refused(data, state_root, tmp_path, what):
     """With the reason; the pod goes on, and nothing is left."""
     disk = make_disk(tmp_path / "disk", "ext4")
     mounts = {"deny": [f"type=disk,src={disk},dst=/d,fork=deny"], "shared": [f"type=disk,src={disk},dst=/d,fork=share"]}
-    with holdfast.Pod(root=state_root, data=data, template="none" if what == "booted" else None) as pod:
-        idle(pod, mounts=mounts.get(what, []))
+    with holdfast.Pod(root=state_root, data=data) as pod:
+        idle(pod, mounts=mounts[what])
         with pytest.raises(HoldfastError) as caught:
             pod.fork(2)
         assert caught.value.code == "not-forkable"
-        if what != "booted":
-            assert str(disk) in str(caught.value)
+        assert str(disk) in str(caught.value)
         assert os.listdir(state_root / "pods") == [pod.name]
         shell(pod, "c", "echo x > /file; sync")
-        if what != "booted":
-            end(pod)
+        end(pod)
+        with forks(pod) as [child]:
+            assert output(sh(child, "echo well")) == "well\n"
+
+
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
+def test_no_room_for_a_copy(state_root, data, tmp_path, disk_format):
+    """Known before anything is copied: the source would be told that its own writes have failed."""
+    raw = make_disk(tmp_path / "disk", "ext4", size="32M")
+    full = tmp_path / "full"
+    full.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24m", "none", full)
+    try:
+        disk = full / "disk"
+        run("qemu-img", "convert", "-f", "raw", "-O", disk_format, raw, disk)
+        with holdfast.Pod(root=state_root, data=data) as pod:
+            idle(pod, mounts=[f"type=disk,src={disk},dst=/d"])
+            shell(pod, "c", "head -c 14000000 /dev/urandom > /d/much; sync")
+            with pytest.raises(Exhausted) as caught:
+                pod.fork()
+            assert (caught.value.code, str(disk) in str(caught.value)) == ("disk-full", True)
+            shell(pod, "c", "head -c 2000000 /dev/urandom > /d/more; sync")
+        with holdfast.Pod(root=state_root, data=data) as pod:
+            run("mount", "-o", "remount,size=80m", full)  # the same filesystem, whoever has it mounted
+            idle(pod, mounts=[f"type=disk,src={disk},dst=/d"])
             with forks(pod) as [child]:
-                assert output(sh(child, "echo well")) == "well\n"
+                assert shell(child, "c", "md5sum /d/more") == shell(pod, "c", "md5sum /d/more")
+            end(pod)
+    finally:
+        run("umount", full)
 
 
 def test_a_pod_without_a_machine(data, state_root):

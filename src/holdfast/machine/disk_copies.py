@@ -6,14 +6,17 @@ disk while the guest goes on, and before each write of it what that would have c
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import MachineFailed
+from holdfast.errors import Exhausted, MachineFailed
 from holdfast.linux import syscalls
 from holdfast.machine.disks import DiskFile
 from holdfast.machine.jobs import wait_for_job
+from holdfast.machine.sparse import data_of
 
 if TYPE_CHECKING:
     from holdfast.machine.disks import Disks
@@ -43,10 +46,15 @@ class Copies:
         return not below and not top.block_device and _share_blocks(top.fd, fd)
 
     async def prepare(self) -> None:
-        """Does what can be done before the machine is stopped."""
+        """Does what can be done before the machine is stopped.
+
+        Raises:
+            Exhausted: there is no room for a copy.
+        """
         for slot in self._wanted.keys() - self._shared.keys():
             fd = self._wanted[slot]
             os.ftruncate(fd, await self._disks.size(slot))
+            await asyncio.to_thread(_reserve, self._disks.files(slot)[0], fd)
             self._copied[slot] = fd
             await self._qmp.add_fd(_fdset(slot), fd)
             file = {"driver": "file", "filename": f"/dev/fdset/{_fdset(slot)}", "discard": "unmap"}
@@ -92,6 +100,25 @@ class Copies:
             await wait_for_job(self._qmp, _name(slot), _COPY_SECONDS, failed=True)
             await self._qmp.execute_if_there("blockdev-del", {"node-name": _name(slot)})
             await self._qmp.execute_if_there("remove-fd", {"fdset-id": _fdset(slot)})
+
+
+def _reserve(source: DiskFile, target_fd: int) -> None:
+    """Takes the room for all that is on a disk: if QEMU found none for what it copies before a write, the write failed."""
+    size = os.fstat(source.fd).st_size
+    try:
+        if source.disk_format == "raw":
+            for start, end in data_of(source.fd, size):
+                os.posix_fallocate(target_fd, start, end - start)
+            return
+        needed = os.fstat(source.fd).st_blocks * 512  # where in the copy it will be, only QEMU knows
+        room = os.fstatvfs(target_fd)
+        if room.f_bavail * room.f_frsize < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise Exhausted(
+            "copy disk", subject=os.readlink(f"/proc/self/fd/{source.fd}"), why=error, code="disk-full",
+            hint="make room there, or attach it read-only",
+        ) from None  # fmt: skip
 
 
 def _share_blocks(source_fd: int, target_fd: int) -> bool:
