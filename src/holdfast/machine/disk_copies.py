@@ -103,7 +103,10 @@ class Copies:
 
 
 def _reserve(source: DiskFile, target_fd: int) -> None:
-    """Takes the room for all that is on a disk: if QEMU found none for what it copies before a write, the write failed."""
+    """Takes the room for all that is on a disk.
+
+    If QEMU found none for what it copies before a write of the guest, that write would fail.
+    """
     size = os.fstat(source.fd).st_size
     try:
         if source.disk_format == "raw":
