@@ -137,6 +137,11 @@ class Session:
         os.close(self._stdin_writer)
         self._stdin_writer = -1
 
+    def ends_within(self, seconds: float) -> bool:
+        """Waits so long at most; whether the process has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def wait(self) -> int:
         """The exit status; raises what ended the session otherwise."""
         self._thread.join(DEADLINE_S)

@@ -13,7 +13,7 @@ from tests.vm.forks import Chain, end, forks, python, shell, side_by_side
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROUNDS = 6
+ROUNDS = 4
 WRITERS = ("a", "b")
 #: Writes pages of memory and of a file over and over, with numbers that it remembers elsewhere; asked to, it compares.
 WRITE = """
@@ -107,7 +107,7 @@ def test_a_filesystem_with_a_journal(pod, tmp_path):
         " [ $((i%40)) = 0 ] && sync; done"
     )
     pod.run("tests/busybox", ["sh", "-c", script], name="c", detach=True, mounts=[f"type=disk,src={disk},dst=/d"])
-    for _ in range(3):
+    for _ in range(2):
         with forks(pod, 2) as children:
             everybody = children
             side_by_side(lambda one: shell(one, "c", "test $(ls /d | wc -l) -gt 0"), everybody)
