@@ -308,8 +308,10 @@ def test_a_program_at_work_keeps_it_after_the_death_of_who_started_it(store, roo
         with pytest.raises(InUse):
             store.remove("v")
         process.stdin.write(b"\n")
-        assert process.stdout.read(1) == b""  # it has ended
+        assert process.stdout.read(1) == b""  # it is ending: one file after the other is closed
     (tenant,) = os.listdir(journal.pods_folder)
+    with open(journal.pods_folder / tenant / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # waits for it to be free
     assert not journal.is_alive(tenant)
     assert journal.collect(tenant)
     assert os.listdir(journal.pods_folder) == []
