@@ -11,6 +11,7 @@ import pytest
 
 from holdfast.errors import HoldfastError
 from holdfast.storage.engine import Engine
+from holdfast.storage.fork_policy import emptied
 from holdfast.storage.frozen import FrozenDisk, FrozenStorage
 from holdfast.storage.journal import Journal
 from holdfast.storage.steps import MountDisk
@@ -151,6 +152,43 @@ def test_refused(run, fork):
             two.engine.freeze()
         assert caught.value.code == "not-forkable"
         assert path in str(caught.value)
+
+    run(test)
+
+
+def test_what_is_to_be_empty_is_so_in_copies_of_copies(run):
+    async def test(two: Two) -> None:
+        paths = [two.disk(name) for name in "abc"]
+        await two.hold("a", paths[0], read_only=False, fork="fresh")
+        await two.hold("b", paths[1], read_only=False)
+        await two.hold("c", paths[2], read_only=True)
+        found = emptied(two.record(), {})
+        assert found == {"disks": [two.engine.held_by("a").paths["m0"]], "memory": {}}
+        await two.adopt(two.record())
+        assert emptied(two.copy.freeze(), {}) == found
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("has", "wants", "fits"),
+    [
+        ("fresh", "fresh", True), ("fresh", "", True), ("", "copy", True),
+        ("fresh", "copy", False), ("", "fresh", False), ("deny", "copy", False),
+    ],
+)  # fmt: skip
+def test_who_comes_later_says_the_same_or_nothing(run, has, wants, fits):
+    async def test(two: Two) -> None:
+        path = two.disk("disk")
+        await two.hold("a", path, read_only=False, fork=has)
+        if fits:
+            await two.hold("b", path, read_only=False, fork=wants)
+        else:
+            with pytest.raises(HoldfastError) as caught:
+                await two.hold("b", path, read_only=False, fork=wants)
+            assert caught.value.code == "fork-policy"
+            assert two.engine.held() == ["a"]
+        assert [a.disk.fork for a, _ in two.engine.attachments.items()] == [has]
 
     run(test)
 

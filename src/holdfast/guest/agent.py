@@ -15,11 +15,12 @@ import sys
 
 from holdfast import trace
 from holdfast.errors import GuestFailed, InvalidInput, ProtocolError, from_exception
-from holdfast.guest import boot, renew, storage
+from holdfast.guest import boot, fresh, renew, still, storage
 from holdfast.guest.children import Children
-from holdfast.guest.containers import Containers, Runtime
+from holdfast.guest.containers import Containers
 from holdfast.guest.hot_mounts import HotMounts
 from holdfast.guest.loop import Loop
+from holdfast.guest.runtime import Runtime
 from holdfast.wire.frames import CANCEL, CREDIT, DATA, EOF, REQUEST, SYNC
 from holdfast.wire.mux import Mux
 
@@ -212,18 +213,19 @@ class Agent:
         trace.mark("has resumed")
         return identity
 
-    def _freeze(self, _params: dict[str, Any]) -> Task:
-        yield from renew.stand_still(self._containers.running(), self._children)
+    def _freeze(self, params: dict[str, Any]) -> Task:
+        yield from still.stand_still(self._containers.running(), params, self._children)
         self._frozen = True
         return {}
 
     def _thaw(self, _params: dict[str, Any]) -> dict[str, Any]:
-        renew.go_on()
+        still.go_on()
         return {}
 
     def _renew(self, _params: dict[str, Any]) -> Task:
         answer = yield from renew.renew(self._containers.running(), self._children)
         self._hot_mounts.renumber(answer["numbers"])
+        yield from fresh.empty(self._children)
         return {}
 
     def _stand_still(self) -> None:
@@ -249,7 +251,7 @@ class Agent:
         return {}
 
     def _resize(self, params: dict[str, Any]) -> dict[str, Any]:
-        self._containers.resize(self._containers.find(str(params.get("key"))), params.get("size"))
+        self._containers.find(str(params.get("key"))).resize(params.get("size"))
         return {}
 
     def _shutdown(self, _params: dict[str, Any]) -> dict[str, Any]:

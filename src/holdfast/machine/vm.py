@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast import trace
@@ -122,7 +123,7 @@ class VirtualMachine:
     # -- freezing -----------------------------------------------------------------------------
 
     async def freeze(
-        self, overlays: dict[Slot, int], copies: dict[Slot, int], on_stop: Callable[[], None] = lambda: None
+        self, overlays: dict[Slot, int], copies: dict[Slot, int], fresh: dict[str, Any], on_stop: Callable[[], None]
     ) -> tuple[Origin, dict[Slot, tuple[DiskFile, ...]]]:
         """The machine's RAM, devices and disks as they are at one moment; the machine goes on, but for that moment.
 
@@ -130,6 +131,7 @@ class VirtualMachine:
             overlays: for each writable disk an empty file, open for writing, that takes what is written from then on.
             copies: for each that is to go on as it is, an empty file that becomes a copy of it.  All these descriptors
                 stay the caller's.
+            fresh: what is to be empty in a copy; see the agent's ``freeze``.
             on_stop: called when the guest has said all that it had to say, and stands still.
 
         Returns:
@@ -138,6 +140,7 @@ class VirtualMachine:
 
         Raises:
             MachineFailed: QEMU refused.  Nothing has changed then.
+            InUse: the agent did.
         """
         origin = self._origin
         assert origin is not None, "who boots a machine to keep it starts it from its save"
@@ -155,7 +158,7 @@ class VirtualMachine:
             await copying.prepare()
             for slot, fd in overlays.items():
                 await self.disks.make_overlay(slot, fd)
-            quiet, wake, size = self._quieten, self._wake, self.config.memory_bytes
+            quiet, wake, size = partial(self._quieten, fresh), self._wake, self.config.memory_bytes
             frozen = await freeze(self._qmp, self.pid, origin, size, before=quiet, at_stop=at_stop, after=wake)
             try:
                 files = await copying.finish()
@@ -168,9 +171,9 @@ class VirtualMachine:
             await copying.close()
         return frozen, {slot: self.disks.files(slot)[:-1] for slot in overlays} | files
 
-    async def _quieten(self) -> None:
+    async def _quieten(self, fresh: dict[str, Any]) -> None:
         """Has the agent finish what it says and listen: see the agent's ``freeze``."""
-        await self._agent.request("freeze", {}, _FREEZE_SECONDS, last=True)
+        await self._agent.request("freeze", fresh, _FREEZE_SECONDS, last=True)
 
     async def _wake(self) -> None:
         self._agent.go_on()

@@ -21,6 +21,7 @@ import stat
 from holdfast.errors import InvalidInput
 from holdfast.linux import syscalls
 from holdfast.linux.fds import OwnedFd
+from holdfast.mounts.removing import remove_tree as remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -301,73 +302,6 @@ def split(path: bytes) -> tuple[bytes, bytes]:
     if name in (b"", b".", b".."):
         raise InvalidInput("path has no last component", subject=path, code="bad-path")
     return head, name
-
-
-def remove_tree(dir_fd: int, name: bytes) -> None:
-    """Removes ``name`` in the directory ``dir_fd`` and everything below, by descriptors.
-
-    Never follows a link and never enters another mount.  Depth is bounded by nothing but the file system: the way back
-    up is ``..``, checked to be the directory that was left, so that two descriptors do for any depth.
-
-    Raises:
-        OSError: EXDEV: a mount is in the way; and others.  What was removed until then stays removed.
-    """
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-        return
-    except FileNotFoundError:
-        return
-    except (IsADirectoryError, PermissionError):
-        pass
-    if not stat.S_ISDIR(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM), name)
-    # (name, identity of the directory that holds it) of every directory between dir_fd and `here`.
-    trail = [(name, _identity(dir_fd))]
-    here = _enter(dir_fd, name)
-    try:
-        pending = [_unlink_files(here)]
-        while trail:
-            if pending[-1]:
-                below = pending[-1].pop()
-                down = _enter(here, below)
-                trail.append((below, _identity(here)))
-                os.close(here)
-                here = down
-                pending.append(_unlink_files(here))
-            else:
-                pending.pop()
-                last, above = trail.pop()
-                up = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
-                os.close(here)
-                here = up
-                if _identity(here) != above:
-                    raise OSError(errno.EBUSY, "directory moved while it was removed", last)
-                os.rmdir(last, dir_fd=here)
-    finally:
-        os.close(here)
-
-
-def _enter(dir_fd: int, name: bytes) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    return syscalls.openat2(dir_fd, name, flags, syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_SYMLINKS)
-
-
-def _unlink_files(dir_fd: int) -> list[bytes]:
-    """Removes all that is no directory; gives back the names of the directories."""
-    directories = []
-    with os.scandir(dir_fd) as entries:
-        for entry in entries:
-            name = os.fsencode(entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                directories.append(name)
-            else:
-                os.unlink(name, dir_fd=dir_fd)
-    return directories
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    info = os.stat(fd)
-    return info.st_dev, info.st_ino
 
 
 def _checked(path: bytes) -> bytes:

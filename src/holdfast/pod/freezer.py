@@ -12,7 +12,7 @@ import msgspec
 
 from holdfast.errors import HoldfastError
 from holdfast.pod.snapshot import FORMAT_VERSION, FrozenContainers, FrozenPod, Snapshot
-from holdfast.storage import scratch
+from holdfast.storage import fork_policy, scratch
 from holdfast.storage.frozen import FrozenDisk, FrozenFile, refused
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ async def freeze(
 
     Raises:
         Unsupported: something of it cannot be copied; nothing has been done then.
-        InUse: something is being released.
+        InUse: something is being released; or a container uses what cannot be taken from it while it does.
         MachineFailed: QEMU refused.
     """
     from holdfast.machine.vm import VirtualMachine
@@ -48,7 +48,8 @@ async def freeze(
         ours, copies = _new_files(storage, engine, stack)
         running: list[FrozenContainers] = []
         # Asked for while the guest stands still: of what ends after that, a copy sees the end itself.
-        origin, files = await machine.freeze(ours, copies, lambda: running.append(containers.freeze()))
+        fresh = fork_policy.emptied(storage, containers.freeze().specs)
+        origin, files = await machine.freeze(ours, copies, fresh, lambda: running.append(containers.freeze()))
         stack.callback(origin.close)
         storage, fds = await _with_files(storage, machine, files)
         record = FrozenPod(

@@ -21,8 +21,9 @@ BLOCKDEV = "blockdev://"
 #: What people and QEMU call them -> what Holdfast does.
 FORMATS = {"raw": "raw", "qcow2": "qcow2", "vhd": "vhd", "vpc": "vhd", "vhdx": "vhdx"}
 ACCESS = ("group", "individual")
-#: What becomes of a mount in a copy of its pod: each has one of its own, all have the same one, or there are no copies.
-FORK = ("copy", "share", "deny")
+#: What becomes of a mount in a copy of its pod: each has one of its own, all have the same one, each has an empty one,
+#: or there are no copies.
+FORK = ("copy", "share", "fresh", "deny")
 #: sd(4) has minor numbers for 15 partitions; the kernel gives further ones from another range, up to here.
 MOST_PARTITIONS = 256
 
@@ -34,7 +35,7 @@ class DiskOptions(Struct, frozen=True):
         disk_format: in place of the one that the file's signature says; empty for that.
         partition: from 1; 0 is the whole disk.
         access: ``group``, ``individual``, or empty for what follows from read-only.
-        fork: ``copy``, ``share``, ``deny``, or empty for what is safe.
+        fork: one of :data:`FORK`, or empty for what is safe.
         options: the others, as they were.
     """
 

@@ -42,7 +42,7 @@ _TYPE_KEYS: dict[str, tuple[str, ...]] = {
     "physical-disk": _DISK_KEYS,
     "bind": ("bind-propagation", "bind-nonrecursive", "cache", "fork", "overlay"),
     "volume": ("fork", "overlay"),
-    "tmpfs": ("size", "mode", "tmpcopyup", "notmpcopyup"),
+    "tmpfs": ("size", "mode", "tmpcopyup", "notmpcopyup", "fork"),
 }
 #: How a guest may cache what is bound: ``none``, ``mmap`` (the default) or ``loose`` (as if nobody else wrote).
 CACHE_MODES = ("none", "mmap", "loose")
@@ -234,7 +234,7 @@ def _options(kind: str, keys: dict[str, str], subject: str) -> list[str]:
         options += _tmpfs_options(keys, subject)
     if kind in ("disk", "physical-disk"):
         options += _disk_options(keys, subject)
-    if kind in ("bind", "volume"):
+    if kind in ("bind", "volume", "tmpfs"):
         options += _for_holdfast(("fork",), keys, subject)
     return options
 
@@ -273,9 +273,9 @@ def _access(kind: str, keys: dict[str, str], subject: str) -> str:
 
 
 def _tmpfs_options(keys: dict[str, str], subject: str) -> list[str]:
-    # podman's defaults; "tmpcopyup" keeps what the image has there.
+    # podman's defaults; "tmpcopyup" keeps what the image has there, which one that is empty in copies has nowhere.
     options = [name for name in ("nosuid", "nodev") if name not in keys and name[2:] not in keys]
-    if "notmpcopyup" not in keys:
+    if "notmpcopyup" not in keys and ("tmpcopyup" in keys or keys.get("fork") != "fresh"):
         options.append("tmpcopyup")
     if size := keys.get("size"):
         percent = size.removesuffix("%")

@@ -56,7 +56,8 @@ class Disk(msgspec.Struct, frozen=True):
         verity: what the guest is to check it by.  Such a disk is another attachment than the same one unchecked.
         encrypted: a blank disk that the guest encrypts and formats before it mounts it.
         access: see :attr:`level`; empty for what follows from ``kind`` and ``read_only``.
-        fork: what becomes of it when the pod is copied: ``copy``, ``share``, ``deny``; empty for what is safe.
+        fork: what becomes of it when the pod is copied: see :data:`~holdfast.spec.disk_options.FORK`; empty for what is
+            safe.
     """
 
     path: str
@@ -81,6 +82,13 @@ class Disk(msgspec.Struct, frozen=True):
         """
         derived = "none" if self.kind == "layer" else "group" if self.read_only else "individual"
         return self.access or derived
+
+    @property
+    def in_copies(self) -> str:
+        """What becomes of it when the pod is copied."""
+        if self.read_only and self.fork != "deny":
+            return "share"
+        return self.fork or "copy"
 
     def open(self) -> int:
         """Opens the file; the caller owns the descriptor.

@@ -21,6 +21,7 @@ from holdfast.storage.attachments import (
     while_alive,
 )  # fmt: skip
 from holdfast.storage.counted import Counted, HalfMade
+from holdfast.storage.fork_policy import check_same
 from holdfast.storage.undo import Undo
 
 if TYPE_CHECKING:
@@ -78,11 +79,13 @@ class DiskMounts:
 
         Raises:
             InUse: ``path-in-use``: the path has another disk; ``disk-in-use``: one of two wants it mounted and the
-                other its device, to write to; ``mount-options``: it is mounted with other ones of the filesystem.
+                other its device, to write to; ``mount-options``: it is mounted with other ones of the filesystem;
+                ``fork-policy``: it is attached with another one.
             HoldfastError: what went wrong; nothing of it is left.
         """
         attachment = await self._attachments.attach(disk, holder, opened)
         try:
+            check_same(disk, attachment.disk)
             # The order in which options are written makes no other mount.
             key = MountKey(attachment.key, partition, tuple(sorted(options)), block_dev)
             return await self._shared.acquire(key, holder, lambda: self._mount(key, attachment, filesystem, guest_path))

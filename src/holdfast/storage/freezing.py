@@ -9,6 +9,7 @@ import msgspec
 
 from holdfast.machine.sandbox import LUNS
 from holdfast.storage.description import describe
+from holdfast.storage.fork_policy import FRESH
 from holdfast.storage.frozen import (
     FrozenDisk,
     FrozenHolder,
@@ -83,8 +84,13 @@ def _kept_in_copy(kept: Kept, keys: dict[DiskKey, DiskKey]) -> Kept:
 
 
 def _check(engine: Engine) -> None:
+    covered = engine.covered()
     check_disks(engine.attachments.items())
-    check_shares(engine.shares.items(), engine.covered())
+    for attachment, holders in engine.attachments.items():
+        if attachment.disk.fork == FRESH and covered.intersection(engine.disks.path_of(attachment)):
+            what = f"disk {attachment.disk.path} of {', '.join(holders)}"
+            raise refused(what, "an overlay lies on it, and in a copy it would be empty", "end what has the overlay")
+    check_shares(engine.shares.items(), covered)
     found = describe(engine)
     if found["pmem"] or found["devices"]:
         raise refused("persistent memory and devices of the host", "they cannot be copied", "start the pod without")

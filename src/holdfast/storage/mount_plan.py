@@ -15,7 +15,7 @@ from holdfast.mounts import options as mount_options
 from holdfast.spec import disk_options
 from holdfast.spec.mounts import CACHE_MODES, OVERLAY
 from holdfast.spec.runtime import DISK_TYPES, Mount, clean_path
-from holdfast.storage import volumes
+from holdfast.storage import fork_policy, volumes
 from holdfast.storage.disk_formats import needs_parent, plain
 from holdfast.storage.steps import AnyStep, MountDisk, ShareDirectory
 
@@ -53,6 +53,7 @@ def mount_step(
             "plan mount", subject=subject, why="what runs already can have no overlay over a mount",
             code="mount-option", hint="name the mount when the container is started",
         )  # fmt: skip
+    fork_policy.check(mount, subject)
     if mount.kind in _NOT_YET:
         raise Unsupported(
             "plan mount", subject=subject, why=f"mounts of type {mount.kind} are not built yet", code="mount-type",
@@ -174,6 +175,7 @@ def _disk(index: int, mount: Mount, source: Source, subject: str, ours: Mapping[
         )  # fmt: skip
     filesystem = source.filesystem if known else ""
     read_only = mount.read_only or filesystem in ("erofs", "squashfs", "iso9660")
+    fork_policy.check(mount, subject, read_only=read_only, block_device=source.kind == "block device")
     if wanted.access == "group" and not read_only:
         raise InvalidInput(
             "plan mount", subject=subject, why="a disk that several pods may have is read-only in all", code="access",
