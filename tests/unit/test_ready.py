@@ -10,8 +10,9 @@ import pytest
 
 from holdfast.guest import ready
 from holdfast.guest.children import Children
-from holdfast.guest.containers import Runtime, Stdio
 from holdfast.guest.loop import Loop
+from holdfast.guest.process import Stdio
+from holdfast.guest.runtime import Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

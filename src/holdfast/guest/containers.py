@@ -7,12 +7,13 @@ import os
 import signal
 
 from holdfast import trace
-from holdfast.errors import CommandNotExecutable, CommandNotFound, GuestFailed, InUse, InvalidInput, NotFound
-from holdfast.guest import block_devices, files, mount_points, propagation
+from holdfast.errors import GuestFailed, InUse, InvalidInput, NotFound
+from holdfast.guest import block_devices, files
 from holdfast.guest.commands import check_command
 from holdfast.guest.network import SpareNetwork
+from holdfast.guest.process import Process, Stdio, listen, receive_terminal
 from holdfast.guest.ready import ID, ReadyRuntime
-from holdfast.guest.streams import Input, Output
+from holdfast.guest.runtime import STATE, failure, log_text
 from holdfast.guest.tmp import add_tmp
 from holdfast.guest.users import apply_user
 
@@ -23,91 +24,14 @@ if TYPE_CHECKING:
 
     from holdfast.guest.children import Children
     from holdfast.guest.loop import Loop, Task
+    from holdfast.guest.runtime import Runtime
+    from holdfast.guest.streams import Input, Output
     from holdfast.wire.mux import Mux
 
 #: Bundles hold configuration only; root filesystems are mounted elsewhere, so that a bundle can simply be removed.
 BUNDLES = "/run/holdfast/bundles"
 _TTYS = "/run/holdfast/tty"
-_STATE = "/run/crun"
-#: The guest's own; see :class:`Runtime`.
-CRUN = ("/usr/bin/crun", "--cgroup-manager=cgroupfs")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-
-
-class Process:
-    """One process of a container with its stdio."""
-
-    def __init__(self, key: str, pid: int, terminal_fd: int, mux: Mux) -> None:
-        self.key = key
-        self.pid = pid
-        self.terminal_fd = terminal_fd
-        self.mux = mux
-        self.channels: set[int] = set()
-        self.input: Input | None = None
-        self.outputs: list[Output] = []
-        self.status: int | None = None
-        self.folder = ""
-
-
-class Runtime:
-    """The OCI runtime that runs containers.
-
-    Args:
-        argv: the program, and the options that it needs before any command.
-        cgroup: the control group that the containers' own go below; empty for the top, which is the guest's own.
-    """
-
-    def __init__(self, argv: tuple[str, ...] = CRUN, cgroup: str = "") -> None:
-        self.argv = argv
-        self._cgroup = cgroup
-
-    def command(self, log: str) -> list[str]:
-        """How every command begins."""
-        return [*self.argv, "--root", _STATE, "--log", log, "--log-format", "json"]
-
-    def prepare(self, spec: dict[str, Any], name: str) -> None:
-        """Puts a container into the control group that it must be in, if there is one; says what its runtime needs."""
-        if self.argv[:1] and os.path.basename(self.argv[0]) == "crun":
-            propagation.keep(spec)
-        if self._cgroup:
-            spec["linux"] = {**(spec.get("linux") or {}), "cgroupsPath": f"{self._cgroup}/{name}"}
-
-    def prepare_process(self, process: dict[str, Any]) -> None:
-        """Changes what is otherwise right of a container's process, or of a further one, and cannot be done here."""
-
-
-class Stdio:
-    """The child's ends and ours of a process's stdio, all owned until :meth:`close` or handed over."""
-
-    def __init__(self, terminal: bool, stdin: int) -> None:
-        self.child: list[int] = []
-        self.ours: list[int] = []
-        if terminal:
-            self.child = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
-            return
-        if stdin:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-        else:
-            reader, writer = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1
-        self.child, self.ours = [reader], [writer]
-        for _ in range(2):
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            self.child.append(writer)
-            self.ours.append(reader)
-
-    def close_child(self) -> None:
-        """Closes the child's ends: the container has them now."""
-        for fd in set(self.child):
-            os.close(fd)
-        self.child = []
-
-    def close(self) -> None:
-        """Closes whatever was not handed over."""
-        self.close_child()
-        for fd in self.ours:
-            if fd >= 0:
-                os.close(fd)
-        self.ours = []
 
 
 class Containers:
@@ -182,8 +106,6 @@ class Containers:
         mounted = [str(mount.get("destination")) for mount in spec.get("mounts") or ()]
         if params.get("tmp"):
             add_tmp(spec)
-        if params.get("host_root"):
-            mount_points.make(spec, name)
         apply_user(spec["process"], str(params.get("user") or ""), spec["root"]["path"])
         check_command(spec["process"], spec["root"]["path"], mounted)
         _size_terminal(spec["process"], params.get("size"))
@@ -250,18 +172,18 @@ class Containers:
         try:
             if terminal:
                 os.makedirs(_TTYS, 0o700, exist_ok=True)
-                listener = _listen(tty)
+                listener = listen(tty)
                 command += ["--console-socket", tty]
             trace.mark("bundle is made")
             pid = ready.pid if ready is not None else self._children.spawn(command + tail, *stdio.child)
             status = yield from self._children.wait(pid)
             trace.mark("runtime has ended")
             if status != 0:
-                raise _failure(log, command_name)
+                raise failure(log, command_name)
             stdio.close_child()
-            terminal_fd = _receive_fd(listener) if listener is not None else -1
+            terminal_fd = receive_terminal(listener) if listener is not None else -1
             process = Process(key, int(files.read(pid_file)), terminal_fd, mux)
-            self._connect(process, stdio, params)
+            process.connect(self._loop, stdio, params, lambda: self._maybe_report(process))
             self._processes[key] = process
             self._children.on_exit(process.pid, lambda status: self._ended(process, status))
         finally:
@@ -272,50 +194,18 @@ class Containers:
                 os.unlink(tty)
         return {"pid": process.pid}
 
-    def _connect(self, process: Process, stdio: Stdio, params: dict[str, Any]) -> None:
-        stdin, stdout, stderr = (int(params.get(name) or 0) for name in ("stdin", "stdout", "stderr"))
-        outputs = []
-        if process.terminal_fd >= 0:
-            self.resize(process, params.get("size"))
-            outputs = [(os.dup(process.terminal_fd), stdout)]
-            input_fd = os.dup(process.terminal_fd)
-        else:
-            input_fd, *readers = stdio.ours
-            outputs = list(zip(readers, (stdout, stderr), strict=True))
-            stdio.ours = []
-        mux = process.mux
-        process.channels = {channel for _, channel in outputs} | ({stdin} if input_fd >= 0 else set())
-        for channel in process.channels:
-            mux.open(channel)
-        if input_fd >= 0:
-            process.input = Input(self._loop, mux, input_fd, stdin)
-        for fd, channel in outputs:
-            process.outputs.append(Output(self._loop, mux, fd, channel, lambda: self._maybe_report(process)))
-
     def _ended(self, process: Process, status: int) -> None:
-        process.status = status
-        trace.mark("process has ended")
-        if process.input is not None:
-            process.input.abandon()
-        for output in process.outputs:
-            output.drain()
+        process.ended(status)
         self._maybe_report(process)
 
     def _maybe_report(self, process: Process) -> None:
         """Reports the end once, after the last byte of output."""
-        if process.status is None or not all(output.finished for output in process.outputs):
+        if not process.finished or self._processes.pop(process.key, None) is None:
             return
-        if self._processes.pop(process.key, None) is None:
-            return
-        for channel in process.channels:
-            process.mux.close(channel)
-        if process.terminal_fd >= 0:
-            os.close(process.terminal_fd)
+        process.close()
         if process.folder:  # of an exec; a container's bundle goes with the container
             _remove_bundle(process.folder)
-        status = process.status
-        signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        code = 128 + signalled if signalled else os.WEXITSTATUS(status)
+        code, signalled = process.exit_status()
         if self._unheard is not None:
             self._unheard[process.key] = code
         self._report("exit", {"key": process.key, "pid": process.pid, "code": code, "signal": signalled})
@@ -344,13 +234,7 @@ class Containers:
 
     def connected(self) -> dict[str, list[int]]:
         """Key of each process -> its open streams: the one for input or 0, then those for output."""
-        return {
-            process.key: [
-                process.input.channel if process.input is not None and not process.input.finished else 0,
-                *(output.channel for output in process.outputs if not output.finished),
-            ]
-            for process in self._processes.values()
-        }
+        return {process.key: process.connected() for process in self._processes.values()}
 
     def disconnect(self) -> None:
         """The host has forgotten all that was before: until it reconnects, nobody hears of a process's end."""
@@ -362,11 +246,7 @@ class Containers:
         Returns ``{"ended": {key: exit status}}``, of processes that have ended meanwhile.
         """
         for process in list(self._processes.values()):
-            for channel in dict.fromkeys(self.connected()[process.key]):
-                if channel:
-                    process.mux.open(channel)
-            for output in process.outputs:
-                output.pump()
+            process.reconnect()
         unheard, self._unheard = self._unheard or {}, None
         return {"ended": unheard}
 
@@ -377,12 +257,9 @@ class Containers:
     def streams(self, channel: int) -> tuple[Input | None, Output | None]:
         """The process's end of a stream, whichever direction it has."""
         for process in self._processes.values():
-            if process.input is not None and process.input.channel == channel:
-                terminal = next((o for o in process.outputs if o.channel == channel), None)
-                return process.input, terminal
-            for output in process.outputs:
-                if output.channel == channel:
-                    return None, output
+            found = process.stream(channel)
+            if found != (None, None):
+                return found
         return None, None
 
     def kill(self, key: str, number: int) -> None:
@@ -394,32 +271,20 @@ class Containers:
         except ValueError:
             raise InvalidInput("send signal", subject=number, why="there is no such signal") from None
 
-    def resize(self, process: Process, size: object) -> None:
-        """Sets the terminal's ``[rows, columns]``; the kernel sends SIGWINCH (ioctl_tty(2))."""
-        if process.terminal_fd < 0 or not isinstance(size, list) or len(size) != 2:
-            return
-        import fcntl
-        import struct
-        import termios
-
-        rows, columns = (min(max(int(number), 0), 0xFFFF) for number in size)
-        fcntl.ioctl(process.terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
     def remove(self, params: dict[str, Any]) -> Task:
         """Task: kills and deletes a container and its bundle; one that is gone is success."""
         name = _name(params, "id")
         id = self._runtime_id(name)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        log = f"{_STATE}/{name}.delete.log"
+        log = f"{STATE}/{name}.delete.log"
         try:
-            if os.path.isdir(f"{_STATE}/{id}"):
+            if os.path.isdir(f"{STATE}/{id}"):
                 argv = [*self._runtime.command(log), "delete", "--force", id]
                 status = yield from self._children.run(argv, null, null, null)
-                if status != 0 and os.path.isdir(f"{_STATE}/{id}"):
-                    raise GuestFailed("delete container", subject=name, why=_log_text(log))
+                if status != 0 and os.path.isdir(f"{STATE}/{id}"):
+                    raise GuestFailed("delete container", subject=name, why=log_text(log))
         finally:
             os.close(null)
-        mount_points.remove(name)
         _remove_bundle(f"{BUNDLES}/{id}")
         if id == ID:
             self._by_ready = ""
@@ -449,72 +314,6 @@ def _remove_bundle(folder: str) -> None:
             os.rmdir(f"{path}/{name}")
     if os.path.isdir(folder):
         os.rmdir(folder)
-
-
-def _listen(path: str) -> Any:
-    import _socket
-
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    listener.bind(path)
-    listener.listen(1)
-    return listener
-
-
-def _receive_fd(listener: Any) -> int:
-    """The terminal that the runtime sent to the console socket before it exited."""
-    import _socket
-
-    listener.settimeout(5)
-    fd, _ = listener._accept()
-    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
-    try:
-        connection.settimeout(5)
-        _data, control, _flags, _address = connection.recvmsg(4096, _socket.CMSG_SPACE(4))
-    finally:
-        connection.close()
-    for level, kind, payload in control:
-        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-            terminal_fd = int.from_bytes(payload[:4], "little")
-            os.set_inheritable(terminal_fd, False)
-            return terminal_fd
-    raise GuestFailed("start container", why="the runtime sent no terminal")
-
-
-def _log_text(log: str) -> str:
-    """The runtime's last error, from its JSON log."""
-    try:
-        with open(log) as file:
-            lines = file.read(65536).splitlines()
-    except OSError:
-        return "the runtime failed and left no log"
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return line
-        if isinstance(record, dict) and record.get("msg"):
-            return str(record["msg"])
-    return "the runtime failed and said nothing"
-
-
-def _failure(log: str, name: str) -> Exception:
-    """The runtime's failure as an error: not found and not executable have exit statuses of their own."""
-    text = _log_text(log)
-    if "found in $PATH" in text or ("executable file" in text and "not found" in text):
-        hint = "is the command in the image, and its folder in PATH?"
-        return CommandNotFound("start", subject=name, why=text, hint=hint)
-    lowered = text.lower()
-    if "exec" in lowered and "no such file or directory" in lowered:
-        return CommandNotFound(
-            "start", subject=name, why=text, hint="is the command, or its interpreter, in the image?"
-        )
-    # EPERM is how crun reports that what is to be executed is no regular file.
-    refusals = ("permission denied", "format error", "is a directory", "open executable: operation not permitted")
-    if "exec" in lowered and any(part in lowered for part in refusals):
-        return CommandNotExecutable(
-            "start", subject=name, why=text, hint="is it executable, and for this architecture?"
-        )
-    return GuestFailed("start container", subject=name, why=text, code="runtime-failed")
 
 
 def _name(params: dict[str, Any], key: str) -> str:

@@ -18,7 +18,7 @@ from holdfast.errors import InvalidInput, Unsupported
 from holdfast.guest import disks, shares
 from holdfast.guest import settings as settings_of
 from holdfast.guest.agent import Agent, say
-from holdfast.guest.containers import Runtime
+from holdfast.guest.runtime import Runtime
 from holdfast.linux import syscalls, user_namespaces
 from holdfast.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS_SHARED, MS_SLAVE
 

@@ -22,7 +22,8 @@ from holdfast.guest import files
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from holdfast.guest.children import Children
-    from holdfast.guest.containers import Runtime, Stdio
+    from holdfast.guest.process import Stdio
+    from holdfast.guest.runtime import Runtime
 
 #: The container's name for the runtime: none that a user can give.
 ID = "+ready"

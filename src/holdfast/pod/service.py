@@ -14,28 +14,22 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast import trace
-from holdfast.errors import HoldfastError, InUse, InvalidInput, ProtocolError, from_exception
-from holdfast.linux import priority, syscalls, user_namespaces
+from holdfast.errors import HoldfastError, InUse, InvalidInput, from_exception
+from holdfast.linux import priority, syscalls
 from holdfast.machine import ports, vm
-from holdfast.pod.attach import HotAttach
 from holdfast.pod.containers import Containers
 from holdfast.pod.ending import release_all, release_cleanly
-from holdfast.pod.freezer import freeze
-from holdfast.pod.gate import Gate
 from holdfast.pod.launch import check_name
-from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest
+from holdfast.pod.messages import PodInfo, PodRequest
+from holdfast.pod.running import RunningPod, convert
 from holdfast.pod.snapshot import FrozenPod, Snapshot
 from holdfast.pod.starting import Place, start
 from holdfast.pod.thawing import thaw
 from holdfast.pod.warming import warm_up
-from holdfast.storage.description import describe
 from holdfast.storage.engine import Engine
-from holdfast.storage.growing import grow_scratch, grow_volume
 from holdfast.storage.journal import Journal, MachineRow
 from holdfast.storage.pci import Functions
 from holdfast.storage.pmem import PmemLayers
-from holdfast.storage.reconcile import reconcile
-from holdfast.storage.steps import MountLayer
 from holdfast.wire.aio import Connection
 
 if TYPE_CHECKING:
@@ -45,8 +39,6 @@ if TYPE_CHECKING:
     from holdfast.machine.sandbox import PodSandbox
 
 SOCKET = "monitor.sock"
-#: For a guest to make the mounts of its shares anew.
-_RENEW_SECONDS = 30.0
 
 
 def serve(request: bytes, fds: list[int], client_fd: int, host_pid: int) -> int:
@@ -85,8 +77,7 @@ class Service:
         self._machine_config: MachineConfig | None = None
         self._booted = False
         self._engine: Engine
-        self._containers: Containers
-        self._attached: HotAttach
+        self._pod: RunningPod
         self._pmem: PmemLayers | None = None
         self._guest: dict[str, Any] = {}
         self._ready: asyncio.Future[None]
@@ -96,27 +87,10 @@ class Service:
         #: Whose end is the pod's.
         self._owner: Connection | None = None
         self._ending = asyncio.Event()
-        self._gate = Gate()
-        #: Snapshots that clients have been given, until they say that they have them, or go.
-        self._handed: dict[Connection, Snapshot] = {}
         self._clients: set[Connection] = set()
         self._methods: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Any]]] = {
             "start": self._start,
-            "run": self._run,
-            "exec": self._exec,
-            "plan": self._plan,
-            "kill": self._kill,
-            "resize": self._resize,
-            "wait": self._wait,
-            "attach": self._attach,
-            "detach": self._detach,
-            "grow": self._grow,
-            "hold": self._hold,
-            "storage": self._storage,
             "inspect": self._inspect,
-            "verify": self._verify,
-            "freeze": self._freeze,
-            "thawed": self._thawed,
             "warm": self._wait_until_warm,
             "take": self._take,
             "remove": self._remove,
@@ -173,9 +147,10 @@ class Service:
     async def _answer(self, client: Connection, method: str, params: dict[str, Any]) -> Any:
         handler = self._methods.get(method)
         if handler is None:
-            raise InvalidInput("answer request", subject=method, why="unknown", code="unknown-request")
-        if method not in ("start", "inspect", "remove", "warm", "take"):
+            if method not in RunningPod.METHODS:
+                raise InvalidInput("answer request", subject=method, why="unknown", code="unknown-request")
             await asyncio.shield(self._ready)
+            return await self._pod.answer(method, client, params)
         return await handler(client, params)
 
     # -- the machine --------------------------------------------------------------------------
@@ -196,14 +171,11 @@ class Service:
                     client = await self._wait_for_taker(started.sandbox, client)
             machine = self._machine
             assert machine is not None
-            self._containers = Containers(
-                self._config.name, self._place.folder, machine, self._engine,
-                tmp="auto" if self._config.isolation == "vm" else "rootfs",
-                rootless=self._config.isolation == "namespace" and user_namespaces.inside(), gate=self._gate,
-            )  # fmt: skip
-            self._attached = HotAttach(self._engine, machine, self._containers)
+            self._pod = RunningPod(
+                self._config, self._place.folder, machine, self._engine, self._journal, self._host_pid
+            )
             if record is not None:
-                await self._take_over(record)
+                await self._pod.take_over(record)
             machine.died.add_done_callback(lambda _: self._on_death())
             self._ready.set_result(None)
         except Exception as error:
@@ -236,18 +208,6 @@ class Service:
                 console_log=self._place.console_log, hold_fd=self._lock_fd, hostname=name,
             )  # fmt: skip
             return record
-
-    async def _take_over(self, record: FrozenPod) -> None:
-        """Takes over what runs in the machine."""
-        assert self._machine is not None
-        processes = await self._machine.request("processes", {}, vm.HELLO_SECONDS)
-        self._containers.adopt(record.containers, _checked(processes, dict[str, list[int]]))
-        self._attached.adopt(record.attached)
-        if record.storage.shares:
-            await self._machine.request("renew", {}, _RENEW_SECONDS)
-        await self._machine.request("thaw", {}, vm.HELLO_SECONDS)
-        answer = await self._machine.request("reconnect", {}, vm.HELLO_SECONDS)
-        self._containers.take_ends(_checked(answer, dict[str, dict[str, int]]).get("ended", {}))
 
     def _make_engine(self, machine: PodSandbox) -> Engine:
         machine.export = str(self._place.export)
@@ -317,7 +277,7 @@ class Service:
         Raises:
             InUse: ``pool-taken``: it is not ready, or not any more; ``pod-exists``: another has that name.
         """
-        request = _convert(params["request"], PodRequest)
+        request = convert(params["request"], PodRequest)
         machine = self._machine
         if not (self._config.pooled and self._warm.done() and isinstance(machine, vm.VirtualMachine)):
             raise InUse("take pod", subject=self._config.name, why="it is not ready", code="pool-taken")
@@ -343,99 +303,6 @@ class Service:
         self._taken.set_result(client)
         await asyncio.shield(self._ready)
 
-    async def _run(self, client: Connection, params: dict[str, Any]) -> Any:
-        return await self._containers.run(client, _convert(params, ContainerRequest))
-
-    async def _exec(self, client: Connection, params: dict[str, Any]) -> Any:
-        return await self._containers.exec(client, _convert(params, ExecRequest))
-
-    async def _plan(self, _client: Connection, params: dict[str, Any]) -> Any:
-        plan = self._containers.plan(_convert(params, ContainerRequest))
-        return {"steps": msgspec.to_builtins(plan.steps), "describe": plan.describe()}
-
-    async def _kill(self, _client: Connection, params: dict[str, Any]) -> Any:
-        await self._containers.kill(str(params.get("key")), int(params.get("signal", signal.SIGTERM)))
-
-    async def _resize(self, _client: Connection, params: dict[str, Any]) -> Any:
-        await self._containers.resize(str(params.get("key")), list(params.get("size", ())))
-
-    async def _wait(self, _client: Connection, params: dict[str, Any]) -> Any:
-        return {"code": await self._containers.wait(str(params.get("container")))}
-
-    async def _attach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        async with self._gate.changing():
-            return await self._attached.attach(dict(params["mount"]), str(params.get("container") or ""))
-
-    async def _detach(self, _client: Connection, params: dict[str, Any]) -> Any:
-        async with self._gate.changing():
-            await self._attached.detach(str(params["guest_path"]), str(params.get("container") or ""))
-
-    async def _grow(self, _client: Connection, params: dict[str, Any]) -> Any:
-        size_bytes = int(params["size_bytes"])
-        async with self._gate.changing():
-            if "path" in params:
-                return {"size_bytes": await grow_volume(self._engine, str(params["path"]), size_bytes)}
-            return {"size_bytes": await grow_scratch(self._engine, str(params["container"]), size_bytes)}
-
-    async def _hold(self, _client: Connection, params: dict[str, Any]) -> Any:
-        """Has an image's layers ready for containers to come, as long as the pod lives."""
-        layers = _convert(params["layers"], tuple[tuple[str, str], ...])
-        steps = tuple(MountLayer(f"layer{i}", path, diff_id) for i, (path, diff_id) in enumerate(dict(layers).items()))
-        holder = f"image:{params['image']}"  # no container can have a colon in its name
-        async with self._gate.changing():
-            if not self._engine.holds(holder):
-                await self._engine.prepare(holder, steps)
-
-    async def _freeze(self, client: Connection, _params: dict[str, Any]) -> Any:
-        """Hands the client a snapshot: numbers of descriptors, open here until it says that it has copies of them."""
-        # Not to be interrupted half-way: the machine stands still meanwhile.
-        return await asyncio.shield(asyncio.ensure_future(self._freeze_for(client)))
-
-    async def _freeze_for(self, client: Connection) -> dict[str, Any]:
-        assert self._machine is not None
-        async with self._gate.still():
-            snapshot = await freeze(self._config, self._machine, self._engine, self._containers, self._attached)
-        self._let_go_of(client)
-        self._handed[client] = snapshot
-        if client.lost.done():
-            self._let_go_of(client)
-        client.lost.add_done_callback(lambda _: self._let_go_of(client))
-        return {"pid": self._host_pid, "fds": list(snapshot.fds)}
-
-    def _let_go_of(self, client: Connection) -> None:
-        snapshot = self._handed.pop(client, None)
-        if snapshot is not None:
-            snapshot.close()
-
-    async def _thawed(self, client: Connection, _params: dict[str, Any]) -> Any:
-        self._let_go_of(client)
-
-    async def _storage(self, _client: Connection, _params: dict[str, Any]) -> Any:
-        found = describe(self._engine)
-        await self._add_paths(found)
-        return found
-
-    async def _add_paths(self, found: dict[str, Any]) -> None:
-        """Adds what only others than the engine know: paths in containers, and how much was read and written."""
-        paths = [*self._containers.paths(), *self._attached.paths()]
-        machine = self._machine
-        traffic: dict[str, tuple[int, int]] = {}
-        if machine is not None and not machine.died.done():
-            with contextlib.suppress(HoldfastError):  # it may die meanwhile: what it held is still to be told
-                traffic = await machine.traffic()
-        for disk in found["attachments"]:
-            disk["container_paths"] = [f"{c}:{where}" for c, path, where in paths if path in disk["guest_paths"]]
-            disk["read_bytes"], disk["written_bytes"] = traffic.get(disk["slot"], (0, 0))
-        for share in found["shares"]:
-            share["container_paths"] = [f"{c}:{where}" for c, path, where in paths if path == share["guest_path"]]
-
-    async def _verify(self, _client: Connection, _params: dict[str, Any]) -> Any:
-        """Compares what the journal says with what the machine has: for ``audit``."""
-        machine = self._machine
-        if machine is None or machine.died.done():
-            return {"unknown": [], "missing": []}
-        return await reconcile(machine, self._journal, self._config.name)
-
     async def _inspect(self, _client: Connection, _params: dict[str, Any]) -> Any:
         machine, config = self._machine, self._machine_config
         state, why = "starting", ""
@@ -453,7 +320,7 @@ class Service:
             memory_bytes=self._config.memory_bytes if self._config.isolation == "vm" else 0,
             cpus=self._config.cpus if self._config.isolation == "vm" else 0,
             started_from=self._started_from(), created_ns=self._created_ns,
-            containers=self._containers.infos() if machine is not None and self._ready.done() else (),
+            containers=self._pod.containers.infos() if machine is not None and self._ready.done() else (),
             why=why, guest=self._guest,
         )  # fmt: skip
         return msgspec.to_builtins(info)
@@ -465,18 +332,3 @@ class Service:
 
     async def _remove(self, _client: Connection, _params: dict[str, Any]) -> Any:
         self._ending.set()
-
-
-def _checked(answer: Any, kind: Any) -> Any:
-    """What a guest has answered, which may be anything."""
-    try:
-        return msgspec.convert(answer, kind)
-    except msgspec.ValidationError as error:
-        raise ProtocolError("read the guest's answer", why=error) from None
-
-
-def _convert(params: dict[str, Any], kind: Any) -> Any:
-    try:
-        return msgspec.convert(params, kind)
-    except msgspec.ValidationError as error:
-        raise InvalidInput("read request", why=error, code="malformed-request") from None

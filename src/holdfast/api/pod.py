@@ -1,34 +1,20 @@
-"""The Python package: run containers in pods, attach storage to them, see what they hold.
-
-::
-
-    import holdfast
-
-    result = holdfast.run("busybox", ["echo", "hello"], mounts=["type=bind,src=/srv,dst=/srv,ro"])
-    print(result.stdout, result.status)
-
-    with holdfast.Pod() as pod:
-        pod.run("busybox", ["sh", "-c", "echo x > /tmp/y"])
-        path = pod.attach("type=disk,src=/tmp/data.img")
-        pod.detach(path)
-"""
+"""A pod, and all that can be asked of it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.errors import HoldfastError, InvalidInput, ProtocolError, TimedOut, from_dict
-from holdfast.linux.places import default_data, default_state
+from holdfast.api.monitor import Monitor, go_on, start
+from holdfast.api.places import data_folder, state_root
+from holdfast.api.process import Result, complete, stdio_for
 from holdfast.machine.config import DEFAULT_MEMORY_BYTES
-from holdfast.pod.client import STDERR, STDIN, STDOUT, Client
-from holdfast.pod.launch import check_new, launch
+from holdfast.pod.client import Client
+from holdfast.pod.launch import check_new
 from holdfast.pod.messages import ContainerRequest, ExecRequest, PodInfo, PodRequest, Stdio
 from holdfast.pod.requests import container_request
 from holdfast.pod.snapshot import Snapshot
@@ -36,61 +22,14 @@ from holdfast.spec.disk_options import BLOCKDEV
 from holdfast.spec.mounts import parse_mount
 from holdfast.spec.pmem import DEFAULT_DEVICES, PmemLimits, check_limits
 from holdfast.spec.sizes import parse_size
-from holdfast.storage.journal import Journal
-from holdfast.storage.volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-
-START_SECONDS = 300.0
-#: Of a pod that writes back: its monitor ends a guest that does nothing, so this is a last resort.
-_REMOVE_SECONDS = 900
-_END_SECONDS = 5.0
 #: Copying a disk of the user's may take as long as this.
 _FREEZE_SECONDS = 3600.0
 #: Characters of a pod's name that the names of its forks begin with.
 _STEM = 32
-
-
-class Result(msgspec.Struct, frozen=True):
-    """What a process left: its exit status (128 + number for a signal) and its output."""
-
-    status: int
-    stdout: bytes
-    stderr: bytes
-
-    @property
-    def text(self) -> str:
-        """Standard output as text."""
-        return self.stdout.decode("utf-8", "replace")
-
-
-def state_root(root: str | Path | None = None) -> Path:
-    """``root``, else ``$HOLDFAST_ROOT``, else ``/run/holdfast``, or ``$XDG_RUNTIME_DIR/holdfast`` as a user."""
-    return Path(root or os.environ.get("HOLDFAST_ROOT") or default_state()).absolute()
-
-
-def data_folder(data: str | Path | None = None) -> Path:
-    """``data``, else ``$HOLDFAST_DATA``, else ``/var/lib/holdfast``, or ``$XDG_DATA_HOME/holdfast`` as a user."""
-    return Path(data or os.environ.get("HOLDFAST_DATA") or default_data()).absolute()
-
-
-def volumes(*, root: str | Path | None = None, data: str | Path | None = None) -> Volumes:
-    """The named volumes of this host: made, listed, grown and removed; see :class:`Volumes`.
-
-    ::
-
-        holdfast.volumes().create("db", "10G")
-        pod.run("busybox", ["sh"], mounts=["type=volume,src=db,dst=/var/lib/db"])
-    """
-    root_path = state_root(root)
-
-    def online(pod: str, path: str, size_bytes: int) -> None:
-        with Client.connect(root_path, pod) as client:
-            client.request("grow", {"path": path, "size_bytes": size_bytes})
-
-    return Volumes(data_folder(data), root_path, online)
 
 
 class Pod:
@@ -139,36 +78,21 @@ class Pod:
             self.name, str(self.root), str(self.data), isolation, memory_bytes, cpus, not detached, template == "none",
             writable_shares, _pmem_limits(pmem), ports,
         )  # fmt: skip
-        self._detached = detached
-        if template in (None, "none"):
-            self._client = launch(request)
-        else:
-            self._client = _launch_from(template, request)
+        self._monitor = Monitor(self.name, self.root, start(request, template), detached=detached)
         self._client.on_say = say or (lambda _text: None)
-        self._wait_for_start()
+        self._monitor.wait_for_start()
 
-    def _wait_for_start(self) -> None:
-        try:
-            self._client.request("start", {}, START_SECONDS)
-        except BaseException as error:
-            if self._detached:  # it waits to be asked, and nobody else knows of it yet
-                with contextlib.suppress(HoldfastError):
-                    self.remove()
-            self._abandon()
-            raise self._better(error) from None
+    @classmethod
+    def _of(cls, monitor: Monitor, data: Path) -> Pod:
+        pod = cls.__new__(cls)
+        pod.name, pod.root, pod.data, pod._monitor = monitor.name, monitor.root, data, monitor
+        return pod
 
     @classmethod
     def _launch(cls, name: str, snapshot: Snapshot, root: Path, data: Path, *, detached: bool) -> Pod:
         """A pod that goes on from a snapshot, before it has started."""
-        record = snapshot.record()
-        pod = cls.__new__(cls)
-        pod.name, pod.root, pod.data, pod._detached = name, root, data, detached
-        request = PodRequest(
-            name, str(root), str(data), memory_bytes=record.machine.memory_bytes, cpus=record.machine.cpus,
-            ephemeral=not detached, writable_shares=record.writable_shares,
-        )  # fmt: skip
-        pod._client = launch(request, snapshot)
-        return pod
+        client = go_on(name, snapshot, root, data, detached=detached)
+        return cls._of(Monitor(name, root, client, detached=detached), data)
 
     @classmethod
     def open(cls, name: str, *, root: str | Path | None = None, data: str | Path | None = None) -> Pod:
@@ -177,16 +101,19 @@ class Pod:
         Raises:
             NotFound: there is none of that name.
         """
-        pod = cls.__new__(cls)
-        pod.name, pod.root, pod.data, pod._detached = name, state_root(root), data_folder(data), True
-        pod._client = Client.connect(pod.root, name)
-        return pod
+        root_path, data_path = state_root(root), data_folder(data)
+        monitor = Monitor(name, root_path, Client.connect(root_path, name), detached=True)
+        return cls._of(monitor, data_path)
 
     def __enter__(self) -> Pod:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _client(self) -> Client:
+        return self._monitor.client
 
     # -- processes ----------------------------------------------------------------------------
 
@@ -218,7 +145,7 @@ class Pod:
         Raises:
             HoldfastError: it could not be run; the container's own failure is its status.
         """
-        stdio = Stdio(detach=True) if detach else _stdio(stdin)
+        stdio = Stdio(detach=True) if detach else stdio_for(stdin)
         request = container_request(
             name or f"c-{secrets.token_hex(4)}", self.data, image=image, bundle=bundle, rootfs=rootfs, args=args,
             mounts=mounts, stdio=stdio, **options,
@@ -235,7 +162,7 @@ class Pod:
             NotFound: the container does not run.
         """
         variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
-        request = ExecRequest(container, tuple(args), variables, cwd, user, False, _stdio(stdin))
+        request = ExecRequest(container, tuple(args), variables, cwd, user, False, stdio_for(stdin))
         return self._complete("exec", request, stdin, False)
 
     def _complete(self, method: str, request: msgspec.Struct, stdin: bytes | None, detach: bool) -> Result:
@@ -243,15 +170,10 @@ class Pod:
             if detach:
                 client.request(method, msgspec.to_builtins(request))
                 return Result(0, b"", b"")
-            output: dict[int, bytearray] = {STDOUT: bytearray(), STDERR: bytearray()}
-            client.open(STDOUT, STDERR, *([STDIN] if stdin is not None else []))
             try:
-                answer = client.request(method, msgspec.to_builtins(request))
-                with _Feeder(stdin) as stdin_fd:
-                    status = client.attend(answer["key"], stdin_fd, lambda channel, data: output[channel].extend(data))
+                return complete(client, method, request, stdin)
             except BaseException as error:
-                raise self._better(error) from None
-        return Result(status, bytes(output[STDOUT]), bytes(output[STDERR]))
+                raise self._monitor.better(error) from None
 
     def wait(self, container: str) -> int:
         """Waits for a container's end; returns its exit status."""
@@ -348,10 +270,10 @@ class Pod:
                 for name in given:
                     pods.append(Pod._launch(name, snapshot, self.root, self.data, detached=detached))
                 for pod in pods:
-                    pod._wait_for_start()
+                    pod._monitor.wait_for_start()
             except BaseException:
                 for pod in pods:
-                    pod._undo()
+                    pod._monitor.undo()
                 raise
         return pods
 
@@ -418,93 +340,11 @@ class Pod:
         Raises:
             NotReleased: something could not be let go of.
         """
-        if self._client.closed:
-            return
-        try:
-            self._client.request("remove", {}, 60)
-            ended_in_time = self._client.wait_closed(_REMOVE_SECONDS)
-        except ProtocolError:
-            ended_in_time = True
-        if not ended_in_time:
-            raise TimedOut(
-                "remove pod", subject=self.name, why=f"it has not ended within {_REMOVE_SECONDS} s",
-                code="pod-not-ended", hint="try again; holdfast pod inspect says what it is",
-            )  # fmt: skip
-        ended = self._client.last_event("ended")
-        self._abandon()
-        for error in (ended or {}).get("errors", ()):
-            raise from_dict(error)
+        self._monitor.remove()
 
     def close(self) -> None:
         """Ends the pod, unless it is detached: then only this connection."""
-        if self._detached:
-            self._client.close()
-        else:
-            self.remove()
-
-    def _undo(self) -> None:
-        """Ends a pod of which nothing is to be left, whether or not it has started."""
-        self._detached = False  # what a dead monitor has left is waited for
-        with contextlib.suppress(HoldfastError):
-            if self._client.closed:  # one that did not start, and waits for somebody to ask why
-                self._client = Client.connect(self.root, self.name)
-            self.remove()
-        self._abandon()
-
-    def _abandon(self) -> None:
-        """Closes the connection and lets go of what a monitor that died has left."""
-        if not self._client.closed and not self._detached:
-            # An ephemeral pod's monitor ends when this connection does; its last act is to close its side.
-            self._client.shut_down()
-            self._client.wait_closed(30)
-        self._client.close()
-        with Journal(self.root) as journal:
-            # A killed monitor's connection ends a moment before its last child does, which may have its lock open.
-            deadline = time.monotonic() + (0 if self._detached else _END_SECONDS)
-            while (self.root / "pods" / self.name).is_dir() and not journal.collect(self.name):
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.01)
-
-    def _better(self, error: BaseException) -> BaseException:
-        if isinstance(error, ProtocolError) and error.code == "monitor-died":
-            return HoldfastError(
-                "run pod", subject=self.name, why="its monitor has died", code="monitor-died",
-                hint="what it held has been let go of; the machine ended with it",
-            )  # fmt: skip
-        return error
-
-
-def _launch_from(template: str, request: PodRequest) -> Client:
-    """Starts a pod from a template that holds what runs.
-
-    Raises:
-        InvalidInput: another machine was asked for than the one that it is.
-    """
-    from holdfast.pod import templates
-
-    with templates.snapshot_of(Path(request.data), template) as snapshot:
-        record = snapshot.record()
-        machine = record.machine
-        memory_bytes, cpus, plain = machine.memory_bytes, machine.cpus, PodRequest("", "", "")
-        asked = (
-            (request.memory_bytes not in (memory_bytes, plain.memory_bytes), f"{memory_bytes >> 20}M of memory"),
-            (request.cpus not in (cpus, plain.cpus), f"{cpus} processors"),
-            (request.isolation != "vm", "a machine"),
-            (bool(request.pmem.count) or (request.ports and not machine.expandable), "no places for devices"),
-            (not request.writable_shares and record.writable_shares, "a right to writable shares"),
-        )
-        for is_other, what in asked:
-            if is_other:
-                raise InvalidInput(
-                    "start pod", subject=f"template {template}", why=f"it has {what}", code="template-differs",
-                    hint="leave out what says otherwise",
-                )  # fmt: skip
-        request = msgspec.structs.replace(
-            request, memory_bytes=memory_bytes, cpus=cpus, ports=False, writable_shares=record.writable_shares,
-            template=template,
-        )  # fmt: skip
-        return launch(request, snapshot)
+        self._monitor.close()
 
 
 def _pmem_limits(pmem: PmemLimits | bool) -> PmemLimits:
@@ -513,45 +353,23 @@ def _pmem_limits(pmem: PmemLimits | bool) -> PmemLimits:
     return limits
 
 
-def _stdio(stdin: bytes | None) -> Stdio:
-    return Stdio(STDIN if stdin is not None else 0, STDOUT, STDERR)
-
-
-class _Feeder:
-    """Bytes as a readable descriptor: an unnamed file, so that no writer can block."""
-
-    def __init__(self, data: bytes | None) -> None:
-        self._data = data
-        self._fd = -1
-
-    def __enter__(self) -> int:
-        if self._data is not None:
-            self._fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
-            view = memoryview(self._data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-            os.lseek(self._fd, 0, os.SEEK_SET)
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-
 def restore(
     path: str | Path, name: str | None = None, *, root: str | Path | None = None, data: str | Path | None = None,
-    detached: bool = False,
+    detached: bool = False, bundles: Mapping[str, str | Path] | None = None,
 ) -> Pod:  # fmt: skip
     """A pod that goes on from where one was saved; see :meth:`Pod.save`.
 
     Args:
         name: of the new pod; that of the saved one if not given.
         root, data, detached: see :class:`Pod`.
+        bundles: by container (``""`` for the only one), bundles that must ask for the mounts which it was saved with.
+            The processes go on with those; where a bundle says another path for the same directory, that is used.
 
     Raises:
         Corrupt: the file is damaged, or of another version.
         Unsupported: it needs another guest, QEMU, accelerator or processor; the error says which.
-        NotFound, InvalidInput: a layer, disk or share that it reads is missing, or another one now.
+        NotFound, InvalidInput: a layer, disk or share that it reads is missing, or another one now; or a bundle is, or
+            asks for other mounts, which are named.
         HoldfastError: the pod could not be started; nothing of it is left.
     """
     from holdfast.pod import restoring
@@ -559,34 +377,7 @@ def restore(
     file, root_path, data_path = Path(path).absolute(), state_root(root), data_folder(data)
     name = name or restoring.name_in(file)
     check_new(root_path, name)
-    with restoring.restore(file, data_path) as snapshot:
+    with restoring.restore(file, data_path, bundles) as snapshot:
         pod = Pod._launch(name, snapshot, root_path, data_path, detached=detached)
-    pod._wait_for_start()
+    pod._monitor.wait_for_start()
     return pod
-
-
-def run(
-    image: str = "",
-    args: Sequence[str] = (),
-    *,
-    memory: int | str = DEFAULT_MEMORY_BYTES,
-    cpus: int = 1,
-    isolation: str = "vm",
-    root: str | Path | None = None,
-    data: str | Path | None = None,
-    **options: Any,
-) -> Result:
-    """Runs a container in a pod of its own and returns its exit status and output; nothing of it is left.
-
-    Args:
-        image, args: what to run; ``options`` are those of :meth:`Pod.run`.
-        memory, cpus, isolation: of the pod.
-
-    Raises:
-        HoldfastError: it could not be run; the container's own failure is its status.
-    """
-    pmem, ports = bool(options.get("pmem")), bool(options.get("devices"))
-    with Pod(
-        memory=memory, cpus=cpus, isolation=isolation, root=root, data=data, pmem=pmem, ports=ports
-    ) as pod:  # fmt: skip
-        return pod.run(image, args, name=options.pop("name", pod.name), ends_pod=True, **options)
