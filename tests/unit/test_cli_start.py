@@ -39,7 +39,7 @@ def test_a_plan_is_made_without_what_only_monitors_need(tmp_path):
     done = run("--root", str(tmp_path / "state"), "--data", str(tmp_path / "data"), "plan", "--bundle", str(bundle))
     assert done.returncode == 0, done
     found = imported(done)
-    assert "holdfast.pod.containers" in found
+    assert "holdfast.pod.planning" in found
     assert [name for name in SELDOM if name in found] == []
 
 

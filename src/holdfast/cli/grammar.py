@@ -28,6 +28,8 @@ from holdfast.cli.options import (
     VolumeInspectOptions,
     VolumeListOptions,
     VolumeRemoveOptions,
+)
+from holdfast.cli.words import (
     Words,
     make_attach,
     make_detach,
@@ -221,6 +223,8 @@ def _add_pods(verbs: _Verbs) -> None:
     parser = pod.add("restore", "make a pod that goes on from where one was saved", make_pod_restore)
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--name", metavar="NAME", help="of the new pod; else as it was called")
+    text = "what a container must have been saved with: a specification with the same mounts (repeatable)"
+    parser.add_argument("--bundle", dest="bundles", action="append", default=[], metavar="[CONTAINER=]DIR", help=text)
     usage = "holdfast exec [OPTIONS] POD[/CONTAINER] COMMAND [ARG...]"
     parser = verbs.add("exec", "run one more process in a container", make_exec, usage=usage)
     parser.add_argument("pod", metavar="POD[/CONTAINER]")

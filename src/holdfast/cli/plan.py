@@ -27,10 +27,10 @@ def plan(command: PlanOptions, line: CommandLine, output: Output) -> int:
         with api.Pod.open(pod_name, root=line.root, data=line.data) as pod:
             found = pod.plan(request)
     else:
-        from holdfast.pod.containers import make_plan
+        from holdfast.pod import planning
 
         without_root = run.sandbox.isolation == "namespace" and rootless()
-        made = make_plan(request, Path(line.data), without_root=without_root)
+        made = planning.plan(planning.understand(request), Path(line.data), without_root=without_root)
         found = {"steps": msgspec.to_builtins(made.steps), "describe": made.describe()}
     if output.json:
         output.data(found)

@@ -30,11 +30,11 @@ def run(command: RunOptions, line: CommandLine, output: Output) -> int:
     arguments["ports"] |= bool((request.spec.get("windows") or {}).get("devices"))
     trace.mark("image and specification")
     if command.pod is None:
-        from holdfast.pod.containers import make_plan
+        from holdfast.pod import planning
 
         without_root = command.sandbox.isolation == "namespace" and rootless()
         # What can be known to be wrong is said before a machine is started.
-        make_plan(request, Path(line.data), without_root=without_root)
+        planning.plan(planning.understand(request), Path(line.data), without_root=without_root)
         trace.mark("plan")
     if command.detach:
         return _run_detached(command, line, output, pod_name, request, arguments)

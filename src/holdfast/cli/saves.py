@@ -24,7 +24,9 @@ def save(command: PodSaveOptions, line: CommandLine, output: Output) -> int:
 
 def restore(command: PodRestoreOptions, line: CommandLine, output: Output) -> int:
     """``pod restore``: prints the new pod's name."""
-    with api.restore(command.file, command.name, root=line.root, data=line.data, detached=True) as pod:
+    with api.restore(
+        command.file, command.name, bundles=command.bundles, root=line.root, data=line.data, detached=True
+    ) as pod:
         if output.json:
             output.data(pod.inspect())
         else:

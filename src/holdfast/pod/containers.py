@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,45 +12,34 @@ import msgspec
 
 from holdfast import trace
 from holdfast.errors import HoldfastError, InUse, NotFound
+from holdfast.pod import planning
 from holdfast.pod.gate import Gate
 from holdfast.pod.launch import check_name
 from holdfast.pod.messages import ContainerInfo, ContainerRequest, ExecRequest, Stdio
+from holdfast.pod.process import Process, pump
 from holdfast.pod.snapshot import FrozenContainers
 from holdfast.spec.annotations import NO_WRITABLE_SHARES, flag
-from holdfast.spec.checks import check
-from holdfast.spec.hints import match
-from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
-from holdfast.storage import kubelet, rootless, volume_plan, volumes
+from holdfast.spec.runtime import spec_from_raw
+from holdfast.storage import volume_plan
+from holdfast.storage.fork_policy import for_runtime
 from holdfast.storage.pci import add_nodes
-from holdfast.storage.plan import DirectoryRoot, LayeredRoot, plan_container
-from holdfast.storage.survey import look, survey
+from holdfast.storage.plan import LayeredRoot
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from holdfast.machine.sandbox import PodSandbox
+    from holdfast.pod.planning import Asked
     from holdfast.spec.tree import TmpPolicy
     from holdfast.storage.engine import Engine
+    from holdfast.storage.restore import SavedContainer
     from holdfast.storage.steps import Plan
-    from holdfast.wire.aio import Connection, Stream
+    from holdfast.wire.aio import Connection
 
 START_SECONDS = 60.0
 #: A signal is never given up because the agent is busy: nobody would send it again.
 KILL_SECONDS = 60.0
-_LOG_BYTES = 1 << 20
-
-
-class Process:
-    """A process in the guest, and what connects it to its client."""
-
-    def __init__(self, key: str, client: Connection | None, detach: bool) -> None:
-        self.key = key
-        self.client = client
-        self.detach = detach
-        self.code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.pumps: list[asyncio.Task[None]] = []
-        self.streams: list[Stream] = []
 
 
 class Containers:
@@ -60,13 +48,15 @@ class Containers:
     Args:
         tmp: what becomes of ``/tmp`` if no annotation says it: in a pod without a machine, memory is the host's.
         rootless: the pod has neither a machine nor the rights of the host's root.
+        savable: the pod may be saved, so that what its containers mount is to be remembered.
     """
 
     def __init__(
         self, pod: str, folder: Path, machine: PodSandbox, engine: Engine, *, tmp: TmpPolicy = "auto",
-        rootless: bool = False, gate: Gate | None = None,
+        rootless: bool = False, savable: bool = True, gate: Gate | None = None,
     ) -> None:  # fmt: skip
         self.rootless = rootless
+        self._savable = savable
         self._pod = pod
         self._tmp = tmp
         self._last: set[str] = set()
@@ -75,6 +65,7 @@ class Containers:
         self._engine = engine
         self._infos: dict[str, ContainerInfo] = {}
         self._specs: dict[str, dict[str, Any]] = {}
+        self._mounts: dict[str, SavedContainer] = {}
         self._processes: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._execs = 0
@@ -87,7 +78,14 @@ class Containers:
 
     def plan(self, request: ContainerRequest) -> Plan:
         """The plan for a container in this pod as it is now; nothing is touched."""
-        return make_plan(request, self._engine.data, self._engine, without_root=self.rootless)
+        return self._plan(self._understand(request))
+
+    def _understand(self, request: ContainerRequest) -> Asked:
+        return planning.understand(request, tuple(self._engine.hints))
+
+    def _plan(self, asked: Asked) -> Plan:
+        pod = self._engine.snapshot()
+        return planning.plan(asked, self._engine.data, pod, without_root=self.rootless, tmp=self._tmp)
 
     async def run(self, client: Connection, request: ContainerRequest) -> dict[str, Any]:
         """Runs a container; returns when its process has been started.
@@ -105,7 +103,9 @@ class Containers:
         if self._engine.holds(name):  # an earlier one of this name could not be released then; it must be now
             await self._engine.release(name)
         trace.mark("asked to run")
-        plan = self.plan(request)
+        asked = self._understand(request)
+        plan = self._plan(asked)
+        mounts = planning.record(asked, self._tmp) if self._savable else None
         trace.mark("plan")
         self._engine.say_hints(name, plan.hints)  # before others plan
         for text in plan.warnings:
@@ -129,6 +129,8 @@ class Containers:
             self._engine.unsay_hints(name)
             raise
         self._specs[name] = spec
+        if mounts is not None:
+            self._mounts[name] = mounts
         if request.ends_pod:
             self._last.add(name)
         self._infos[name] = msgspec.structs.replace(self._infos[name], state="running", pid=pid)
@@ -144,11 +146,9 @@ class Containers:
                 error.also(left)
 
     async def _start(self, client: Connection, request: ContainerRequest, spec: dict[str, Any]) -> int:
-        params: dict[str, Any] = {"id": request.name, "spec": spec, "user": request.user}
+        params: dict[str, Any] = {"id": request.name, "spec": for_runtime(spec), "user": request.user}
         if isinstance(request.root, LayeredRoot):
             params["root"] = {"mode": request.root.mode, "uid": request.root.uid, "gid": request.root.gid}
-        if isinstance(request.root, DirectoryRoot) and not request.root.read_only:
-            params["host_root"] = True  # mount points must not stay in it
         params["tmp"] = volume_plan.tmp_if_empty(spec_from_raw(spec, request.name), self._tmp)
         terminal = bool(spec["process"].get("terminal"))
         return await self._launch(client, "start", request.name, request.stdio, terminal, params)
@@ -182,7 +182,7 @@ class Containers:
         self, client: Connection, method: str, key: str, stdio: Stdio, terminal: bool, params: dict[str, Any]
     ) -> int:
         """Opens the streams on both sides, starts the process, and connects them."""
-        process = Process(key, None if stdio.detach else client, stdio.detach)
+        process = self._process(key, None if stdio.detach else client)
         agent = self._machine.agent
         stdout = agent.open_stream()
         stderr = None if terminal else agent.open_stream()
@@ -197,29 +197,17 @@ class Containers:
         self._processes[key] = process
         try:
             answer = await self._machine.request(method, params, START_SECONDS)
-            self._connect(process, stdio, stdin, stdout, stderr)
+            process.connect(stdio, stdout, stderr)
+            if process.client is not None and stdin is not None and stdio.stdin:
+                self._background(pump(process.client.open_stream(stdio.stdin), stdin))
         except BaseException:
             self._forget(process)
             raise
         pid = answer.get("pid") if isinstance(answer, dict) else None
         return pid if isinstance(pid, int) else 0
 
-    def _connect(
-        self, process: Process, stdio: Stdio, stdin: Stream | None, stdout: Stream, stderr: Stream | None
-    ) -> None:
-        client = process.client
-        pumps = process.pumps
-        if client is None:
-            log = _Log(self._folder / f"{process.key}.log")
-            pumps += [asyncio.ensure_future(log.take(stream)) for stream in (stdout, stderr) if stream]
-            return
-        out = client.open_stream(stdio.stdout)
-        pumps.append(asyncio.ensure_future(_pump(stdout, out)))
-        if stderr is not None:
-            pumps.append(asyncio.ensure_future(_pump(stderr, client.open_stream(stdio.stderr))))
-        if stdin is not None and stdio.stdin:
-            source = client.open_stream(stdio.stdin)
-            self._background(_pump(source, stdin))
+    def _process(self, key: str, client: Connection | None) -> Process:
+        return Process(key, client, self._folder / f"{key}.log")
 
     # -- ending -------------------------------------------------------------------------------
 
@@ -234,29 +222,19 @@ class Containers:
     async def _ended(self, key: str) -> int:
         """Waits for a process's end and for the last byte of its output; the code is -1 when the machine died."""
         process = self._processes[key]
-        waiters: set[asyncio.Future[Any]] = {process.code, self._machine.died}
-        if process.client is not None:
-            waiters.add(process.client.lost)
-        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        await process.code_or(self._machine.died, *([process.client.lost] if process.client is not None else []))
         if not process.code.done() and not self._machine.died.done():  # the client is gone: so is its process
             # Its output is read and thrown away: a process that nobody gives credit to never comes to its end.
-            process.pumps += [asyncio.ensure_future(_discard(stream)) for stream in process.streams]
+            process.discard()
             with contextlib.suppress(HoldfastError):
                 await self._machine.request("kill", {"key": key, "signal": 9}, 5)
-            await self._code_or_death(process)
+            await process.code_or(self._machine.died)
         if process.code.done() and (process.client is None or process.client.error is None):
-            await asyncio.wait(process.pumps) if process.pumps else None
+            await process.last_byte()
         return process.code.result() if process.code.done() else -1
 
-    async def _code_or_death(self, process: Process) -> None:
-        waiters: set[asyncio.Future[Any]] = {process.code, self._machine.died}
-        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-
     def _forget(self, process: Process) -> None:
-        for pump in process.pumps:
-            pump.cancel()
-        for stream in process.streams:
-            stream.close()
+        process.close()
         self._processes.pop(process.key, None)
 
     async def _finish(self, name: str) -> None:
@@ -279,6 +257,7 @@ class Containers:
         if client is not None:
             client.event("exit", self._exit_event(name, code))
         self._specs.pop(name, None)
+        self._mounts.pop(name, None)
 
     def _exit_event(self, key: str, code: int) -> dict[str, Any]:
         return {"key": key, "code": code, "error": self._machine.describe_death().as_dict() if code < 0 else None}
@@ -308,13 +287,15 @@ class Containers:
         await self._engine.release(name)
         self._infos.pop(name, None)
         self._specs.pop(name, None)
+        self._mounts.pop(name, None)
 
     # -- copies of the pod --------------------------------------------------------------------
 
     def freeze(self) -> FrozenContainers:
         """Everything, as data; for who keeps it from changing meanwhile."""
         running = {key: p.code.result() if p.code.done() else -1 for key, p in self._processes.items()}
-        return FrozenContainers(self.infos(), dict(self._specs), running, self._execs)
+        mounts = tuple(self._mounts.values())
+        return FrozenContainers(self.infos(), dict(self._specs), running, self._execs, mounts)
 
     def adopt(self, frozen: FrozenContainers, connected: dict[str, list[int]]) -> None:
         """Takes over the containers of another pod, of which this one is a copy.
@@ -327,20 +308,20 @@ class Containers:
         """
         self._execs = frozen.execs
         self._specs = dict(frozen.specs)
+        self._mounts = {one.name: one for one in frozen.mounts}
         for info in frozen.infos:
             self._infos[info.name] = msgspec.structs.replace(info, pod=self._pod)
             if self._engine.holds(info.name):
                 self._engine.also_release(info.name, "container", partial(self._delete, info.name))
         agent = self._machine.agent
         for key, code in frozen.processes.items():
-            process = self._processes[key] = Process(key, None, detach=True)
+            process = self._processes[key] = self._process(key, None)
             if code >= 0:
                 process.code.set_result(code)
             elif key in connected:
                 stdin, *outputs = connected[key] or [0]
                 streams = [agent.open_stream(channel) for channel in outputs]
-                log = _Log(self._folder / f"{key}.log")
-                process.pumps += [asyncio.ensure_future(log.take(stream)) for stream in streams]
+                process.keep(streams)
                 # Whoever reads from it waits, as if nobody said anything.
                 process.streams = [*streams, *([agent.open_stream(stdin)] if stdin and stdin not in outputs else [])]
             self._background(self._finish(key) if key in self._infos else self._end_exec(key))
@@ -402,69 +383,10 @@ class Containers:
             raise NotFound("wait for container", subject=name, code="container-not-found")
         process = self._processes.get(name)
         if process is not None:
-            await self._code_or_death(process)
+            await process.code_or(self._machine.died)
             return process.code.result() if process.code.done() else -1
         return self._infos[name].code
 
 
-def make_plan(
-    request: ContainerRequest, data: Path, engine: Engine | None = None, *, without_root: bool = False
-) -> Plan:  # fmt: skip
-    """The plan for a container: the specification checked, its sources looked at, its steps ordered.
-
-    Args:
-        without_root: what takes the host's root is refused.
-    """
-    spec = spec_from_raw(request.spec, request.name)
-    check(spec, request.name)
-    tree = volume_plan.whole_tree(spec)
-    document = {**request.spec, "mounts": tree.raw_mounts(request.spec.get("mounts") or [])}
-    snapshot = engine.snapshot() if engine else None
-    document, hints, own = kubelet.understand(document, snapshot.hints if snapshot else ())
-    spec = spec_from_raw(document, request.name)
-    spec = msgspec.structs.replace(spec, mounts=volumes.resolve(spec.mounts, data))
-    sources = survey(spec.mounts, (*DISK_TYPES, volumes.KIND))
-    if isinstance(request.root, DirectoryRoot):
-        sources[request.root.path] = look(request.root.path)
-    for hint in hints:
-        if hint.kind == "bind" and any(match((hint,), mount) for mount in spec.mounts):
-            sources[hint.source] = look(hint.source)
-    plan = plan_container(request.name, document, spec, request.root, sources, snapshot, hints)
-    if without_root:
-        rootless.check_steps(plan.steps)
-        rootless.check_limits(document)
-    return msgspec.structs.replace(plan, hints=own, warnings=tree.warnings)
-
-
 async def _nothing(_name: str) -> None:
     """For when nobody wants to know."""
-
-
-async def _pump(source: Stream, target: Stream) -> None:
-    """Copies a stream to its end; a lost connection on either side ends it quietly, others say why."""
-    with contextlib.suppress(HoldfastError):
-        while data := await source.read():
-            await target.write(data)
-        target.write_eof()
-
-
-async def _discard(stream: Stream) -> None:
-    with contextlib.suppress(HoldfastError):
-        while await stream.read():
-            pass
-
-
-class _Log:
-    """A detached process's output; the file starts again when it has grown too large."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._written = 0
-
-    async def take(self, stream: Stream) -> None:
-        with contextlib.suppress(HoldfastError, OSError), open(self._path, "ab", buffering=0) as file:
-            while data := await stream.read():
-                if self._written > _LOG_BYTES:
-                    os.ftruncate(file.fileno(), 0)
-                    self._written = 0
-                self._written += file.write(data)

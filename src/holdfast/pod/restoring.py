@@ -20,17 +20,17 @@ from holdfast.machine.config import MachineConfig
 from holdfast.machine.sandbox import CONTROLLERS, LUNS
 from holdfast.pod import savefile
 from holdfast.pod.savefile import RAM, RECORD, STATE, Manifest, Needs, Reference, damaged
-from holdfast.pod.saving import filesystem_of, is_disk, mark_of, needs_of
+from holdfast.pod.saving import is_disk, mark_of, needs_of
 from holdfast.pod.snapshot import FrozenPod, Snapshot
-from holdfast.storage import restore as saved_mounts
 from holdfast.storage import scratch
 from holdfast.storage.disk_formats import FORMATS, identity, needs_parent, probe_format
 from holdfast.storage.export import identify
 from holdfast.storage.held import KeptDisk
-from holdfast.storage.survey import Source, look
+from holdfast.storage.restore import check_sources
+from holdfast.storage.survey import lasting, look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from holdfast.storage.attachments import DiskKey
     from holdfast.storage.frozen import FrozenDisk, FrozenStorage
@@ -51,11 +51,12 @@ def name_in(path: Path) -> str:
         return savefile.read(fd)[0].pod
 
 
-def restore(path: Path, data: Path) -> Snapshot:
+def restore(path: Path, data: Path, bundles: Mapping[str, str | Path] | None = None) -> Snapshot:
     """The snapshot that was saved; it is the caller's.
 
     Args:
         data: the data folder that it is to go on in.
+        bundles: what containers are to be compared with; see :mod:`holdfast.pod.bundles`.
 
     Raises:
         NotFound: there is no such file; or something of the host that it needs is missing.
@@ -63,22 +64,32 @@ def restore(path: Path, data: Path) -> Snapshot:
         Unsupported: ``save-needs``: it needs another guest, QEMU, accelerator or processor.
         InvalidInput: something that it needs is another one now.
         Exhausted: no room.
+        HoldfastError: see :func:`holdfast.pod.bundles.take`.
     """
-    with _opened(path) as fd:
+    with _opened(path) as fd, contextlib.ExitStack() as stack:
         manifest, offsets = savefile.read(fd)
+        made: dict[str, int] = {}
+
+        def copy_in(member: savefile.Member, offset: int) -> None:
+            made[member.name] = _empty_file(member.name, data)
+            stack.callback(os.close, made[member.name])
+            savefile.copy_in(fd, offset, member, made[member.name])
+
         machine = machine_for(manifest.needs, data)
+        copy_in(manifest.members[0], offsets[0])
+        record = record_in(made[RECORD])
+        if bundles:
+            from holdfast.pod.bundles import take
+
+            manifest, record = take(manifest, record, bundles, data)
         check_mounts(manifest, data)
         _check_room(manifest, data)
-        with contextlib.ExitStack() as stack:
-            fds = open_references(manifest, data, stack)
-            made: dict[str, int] = {}
-            for member, offset in zip(manifest.members, offsets, strict=True):
-                made[member.name] = _empty_file(member.name, data)
-                stack.callback(os.close, made[member.name])
-                savefile.copy_in(fd, offset, member, made[member.name])
-            for name in [member.name for member in manifest.members[3:]]:
-                fds[int(name.removeprefix("disks/"))] = made[name]
-            return assemble(manifest, made[RECORD], made[RAM], made[STATE], fds, machine, data)
+        fds = open_references(manifest, data, stack)
+        for member, offset in zip(manifest.members[1:], offsets[1:], strict=True):
+            copy_in(member, offset)
+        for name in [member.name for member in manifest.members[3:]]:
+            fds[int(name.removeprefix("disks/"))] = made[name]
+        return assemble(manifest, record, made[RAM], made[STATE], fds, machine, data)
 
 
 @contextlib.contextmanager
@@ -99,8 +110,18 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def record_in(fd: int) -> FrozenPod:
+    """The record in a file, which stays the caller's.
+
+    Raises:
+        Corrupt: it is of another version, or damaged.
+    """
+    with Snapshot([os.dup(fd)]) as parts:
+        return parts.record()
+
+
 def assemble(
-    manifest: Manifest, record_fd: int, ram_fd: int, state_fd: int, files: dict[int, int], machine: MachineConfig,
+    manifest: Manifest, record: FrozenPod, ram_fd: int, state_fd: int, files: dict[int, int], machine: MachineConfig,
     data: Path,
 ) -> Snapshot:  # fmt: skip
     """A snapshot of the parts; all descriptors stay the caller's.
@@ -112,8 +133,6 @@ def assemble(
         Corrupt: the record is not of these parts.
     """
     with contextlib.ExitStack() as stack:
-        with Snapshot([os.dup(record_fd)]) as parts:
-            record = parts.record()
         record = _relocated(record, manifest, files, machine, data)
         copies = []
         for fd in (ram_fd, state_fd, *(files[number] for number in sorted(files))):
@@ -170,16 +189,11 @@ def check_mounts(manifest: Manifest, data: Path) -> None:
     for reference in manifest.references:
         if reference.diff_id:
             _check_layer(reference, data)
-    seen: dict[str, Source] = {}
-    for _, mount in manifest.mounts.of_host():
-        seen[mount.source] = found = look(mount.source, as_disk=is_disk(mount))
-        if is_disk(mount):
-            seen[mount.source] = msgspec.structs.replace(found, device=0, inode=0)
-        elif found.kind == "directory" and mount.inode:
-            seen[mount.source] = msgspec.structs.replace(found, device=filesystem_of(mount.source))
-        elif found.kind == "file" and not mount.inode:
-            seen[mount.source] = msgspec.structs.replace(found, device=0, inode=0)
-    saved_mounts.check_sources(manifest.mounts, seen)
+    seen = {
+        mount.source: lasting(look(mount.source, as_disk=is_disk(mount)), disk=is_disk(mount))
+        for _, mount in manifest.mounts.of_host()
+    }
+    check_sources(manifest.mounts, seen)
     for reference in manifest.references:
         if not reference.diff_id:
             os.close(_open_reference(reference, data))

@@ -26,6 +26,7 @@ from holdfast.pod.savefile import Manifest, Needs, Reference
 from holdfast.spec.runtime import DISK_TYPES
 from holdfast.storage.disk_formats import identity
 from holdfast.storage.restore import SavedContainer, SavedMount, canonical_options, saved_pod
+from holdfast.storage.survey import filesystem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,11 +224,6 @@ def mark_of(fd: int, *, layer: bool) -> str:
     digest.update(os.pread(fd, _ENDS_BYTES, max(0, size - _ENDS_BYTES)))
     mtime = f"mtime {status.st_mtime_ns} " if stat.S_ISREG(status.st_mode) and not layer else ""
     return f"{mtime}ends {digest.hexdigest()}"
-
-
-def filesystem_of(path: str) -> int:
-    """What tells a filesystem from others: of most it is made of the UUID, where ``st_dev`` changes with a restart."""
-    return os.statvfs(path).f_fsid
 
 
 def mounts_of(record: FrozenPod) -> SavedPod:

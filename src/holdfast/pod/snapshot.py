@@ -15,6 +15,7 @@ from holdfast.linux import syscalls
 from holdfast.machine.config import MachineConfig  # noqa: TC001  msgspec reads the types
 from holdfast.pod.messages import ContainerInfo  # noqa: TC001
 from holdfast.storage.frozen import FrozenStorage  # noqa: TC001
+from holdfast.storage.restore import SavedContainer  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,15 +27,17 @@ class FrozenContainers(msgspec.Struct, frozen=True):
     """What is known of a pod's containers.
 
     Attributes:
-        specs: of those that run, as the guest got them.
+        specs: of those that run, with the guest's paths.
         processes: those whose end has not been dealt with -> exit status, -1 while they run.
         execs: how many there have been.
+        mounts: of those that run, as they were asked for; of one from a file of an earlier Holdfast there is nothing.
     """
 
     infos: tuple[ContainerInfo, ...]
     specs: dict[str, dict[str, Any]]
     processes: dict[str, int]
     execs: int
+    mounts: tuple[SavedContainer, ...] = ()
 
 
 class FrozenAttached(msgspec.Struct, frozen=True):

@@ -199,7 +199,8 @@ def snapshot_of(data: Path, name: str) -> Snapshot:
             elif member.name != RAM:
                 files[int(member.name.removeprefix("disks/"))] = made[member.name]
         try:
-            return restoring.assemble(manifest, made[RECORD], made[RAM], made[STATE], files, machine, data)
+            record = restoring.record_in(made[RECORD])
+            return restoring.assemble(manifest, record, made[RAM], made[STATE], files, machine, data)
         except Corrupt as error:
             raise _damaged(name, error.why) from None
 

@@ -3,30 +3,32 @@
 The record is made from a specification alone, by the rules of the container's own tree (:mod:`holdfast.spec.tree`), so
 that what is expected of a restore is what was mounted.  It says of every mount where its contents are:
 
-``machine``  in what is saved: memory, a scratch disk, a volume of the pod
+``machine``  in what is saved: memory, a scratch disk, a volume of the pod, a copy of a disk that it writes to
 ``kernel``   nowhere: ``/proc`` and the like
 ``host``     on the host, and not in what is saved: at a restore the same thing must be there, or the pod would go on
              with files that are not those which it has open
 
-A host's thing is the same if device and inode are; its path may have changed.  In a record that is to outlive a restart
-of the host (:mod:`holdfast.pod.saving`) device numbers mean nothing: of a shared directory ``device`` is then its
-filesystem's id, of a file that is followed by its name both are 0, and so they are of a disk, told by its contents.
+A host's directory is the same if device and inode are; its path may have changed.  Since the record is to outlive a
+restart of the host, where device numbers mean nothing, ``device`` is its filesystem's id
+(:func:`holdfast.storage.survey.lasting`).  Of a file that is followed by its name both are 0, and so they are of a
+disk, told by its contents: these are the same if their paths are.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec import Struct
 
-from holdfast.errors import Corrupt, InvalidInput, NotFound, Unsupported
+from holdfast.errors import InvalidInput, NotFound
 from holdfast.linux import syscalls
 from holdfast.mounts import options as mount_options
 from holdfast.spec import disk_options, hint_options
 from holdfast.spec.hints import Hint, match
 from holdfast.spec.runtime import DISK_TYPES
+from holdfast.storage import volumes
 from holdfast.storage.plan import LayeredRoot
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from holdfast.storage.plan import DirectoryRoot
     from holdfast.storage.survey import Source
 
-#: Of the record; one of another version is not read.
-VERSION = 1
 ROOT = "/"
 
 Contents = Literal["machine", "kernel", "host"]
@@ -54,9 +54,9 @@ class SavedMount(Struct, frozen=True, omit_defaults=True):
         name: where it is in the container, ``/`` for its root; unique there.
         kind: ``layers``, ``directory`` (of a root), or as in a specification: ``bind``, ``tmpfs``, ``virtual-disk``...
         options: what holds, in a fixed order and spelling; without what makes no difference.
-        source: path on the host, where the contents are there.
-        device, inode: of it.
-        size_bytes: of a file or disk of the host's.
+        source: path on the host, or name of a named volume; empty where the host has no part in it, or a hint says it.
+        device, inode: of a directory there; 0 where something else tells what it is.
+        size_bytes: of a disk that the pod holds; a specification does not say it.
         volume, sub_path: the volume of the pod that it is in, and where in it.
         layers: diffIDs, top-most first.
     """
@@ -74,19 +74,25 @@ class SavedMount(Struct, frozen=True, omit_defaults=True):
     layers: tuple[str, ...] = ()
 
 
-class SavedContainer(Struct, frozen=True):
-    """The mounts of one container, the root first, the others in the order in which they are made."""
+class SavedContainer(Struct, frozen=True, omit_defaults=True):
+    """The mounts of one container.
+
+    Attributes:
+        mounts: the root first, the others in the order in which they are made.
+        hints: those that its annotations say.
+    """
 
     name: str
     mounts: tuple[SavedMount, ...]
+    hints: tuple[Hint, ...] = ()
 
 
 class SavedPod(Struct, frozen=True):
-    """The whole record: hints and containers by name."""
+    """The whole record: hints and containers by name.  Of versions there has been one."""
 
     hints: tuple[Hint, ...] = ()
     containers: tuple[SavedContainer, ...] = ()
-    version: int = VERSION
+    version: int = 1
 
     def of_host(self) -> Iterator[tuple[str, SavedMount]]:
         """(container, mount) of all that the host must have."""
@@ -100,53 +106,29 @@ def saved_container(
     tree: Tree,
     sources: Mapping[str, Source],
     hints: Sequence[Hint] = (),
-    base: str = "",
+    own_hints: Sequence[Hint] = (),
 ) -> SavedContainer:
     """The mounts that the container has again after a restore.
 
     Args:
-        tree: with the ``/tmp`` that the container really has.
-        sources: what the survey saw, by path.
-        base: the bundle's folder, for relative sources.
+        tree: with a ``/tmp`` in memory if the container gets one where its image has nothing there: the image is the
+            same at a restore, or its layers are a difference.
+        sources: what a survey saw of the directories and files that it has of the host, by path.
+        hints: the pod's, once the container has joined it.
+        own_hints: those that its annotations say.
 
     Raises:
         NotFound: ``source-not-found``; a mount's source has gone from the host, or was not looked at.
     """
     mounts = [_root(root, sources, f"{name}: {ROOT}")]
-    mounts += [_mount(mount, sources, hints, base, f"{name}: {mount.target}") for mount in tree.mounts]
-    return SavedContainer(name, tuple(mounts))
+    mounts += [_mount(mount, sources, hints, f"{name}: {mount.target}") for mount in tree.mounts]
+    return SavedContainer(name, tuple(mounts), tuple(own_hints))
 
 
 def saved_pod(containers: Iterable[SavedContainer], hints: Iterable[Hint] = ()) -> SavedPod:
     """The record of a pod, the same in whatever order its parts are given."""
     by_name = sorted(containers, key=lambda container: container.name)
     return SavedPod(tuple(sorted(hints, key=lambda hint: hint.name)), tuple(by_name))
-
-
-def encode(pod: SavedPod) -> bytes:
-    """The record as JSON, for :func:`decode`."""
-    return msgspec.json.encode(pod)
-
-
-def decode(data: bytes, subject: object = "") -> SavedPod:
-    """The record that :func:`encode` wrote.
-
-    Raises:
-        Corrupt: ``restore-record``.
-        Unsupported: ``restore-version``.
-    """
-    try:
-        version = msgspec.json.decode(data, type=_Versioned).version
-        if version == VERSION:
-            return msgspec.json.decode(data, type=SavedPod)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Corrupt("read saved mounts", subject=subject, why=error, code="restore-record") from None
-    why = f"version {version}; this Holdfast reads version {VERSION}"
-    raise Unsupported("read saved mounts", subject=subject, why=why, code="restore-version", hint="save the pod again")
-
-
-class _Versioned(Struct):
-    version: int
 
 
 def check_same(saved: SavedPod, now: SavedPod, subject: object = "") -> None:
@@ -156,7 +138,8 @@ def check_same(saved: SavedPod, now: SavedPod, subject: object = "") -> None:
         InvalidInput: ``restore-differs``; names every difference.
     """
     if found := list(differences(saved, now)):
-        raise InvalidInput("restore pod", subject=subject, why="; ".join(found), code="restore-differs")
+        hint = "give it the specification that it was saved with; its processes have those mounts"
+        raise InvalidInput("restore pod", subject=subject, why="; ".join(found), code="restore-differs", hint=hint)
 
 
 def differences(saved: SavedPod, now: SavedPod) -> Iterator[str]:
@@ -176,12 +159,11 @@ def differences(saved: SavedPod, now: SavedPod) -> Iterator[str]:
         yield from (f"container {name}: {text}" for text in _mount_differences(mine[name], yours[name]))
 
 
-def check_sources(saved: SavedPod, seen: Mapping[str, Source], *, sizes: bool = False, subject: object = "") -> None:
+def check_sources(saved: SavedPod, seen: Mapping[str, Source], subject: object = "") -> None:
     """Raises if the host has not got what the pod was saved with.
 
     Args:
         seen: what a survey sees now, by path.
-        sizes: whether files that are shared alone must have their sizes, too; disks always must.
 
     Raises:
         NotFound: ``restore-source``; all that is wrong is that things are missing.
@@ -197,8 +179,8 @@ def check_sources(saved: SavedPod, seen: Mapping[str, Source], *, sizes: bool = 
         elif (source.device, source.inode) != (mount.device, mount.inode):
             was, is_ = (f"device {d}, inode {i}" for d, i in _identities(mount, source))
             changed.append(f"{where} is another {source.kind} now ({was} before, {is_} now)")
-        elif mount.size_bytes != _size(source) and (sizes or mount.kind in DISK_TYPES):
-            changed.append(f"{where} has {_size(source)} bytes now, {mount.size_bytes} before")
+        elif mount.size_bytes != source.size_bytes and mount.kind in DISK_TYPES:
+            changed.append(f"{where} has {source.size_bytes} bytes now, {mount.size_bytes} before")
     if changed:
         why = "; ".join(changed + missing)
         raise InvalidInput("restore pod", subject=subject, why=why, code="restore-source")
@@ -219,13 +201,15 @@ def _mount_differences(saved: Sequence[SavedMount], now: Sequence[SavedMount]) -
 
 
 def _one_mount(saved: SavedMount, now: SavedMount) -> Iterator[str]:
-    # Not the size: check_sources looks at it, and a file that is written to has had another one all the time.
-    yield from _fields(saved, now, ("source", "device", "inode", "size_bytes"))
-    if (saved.device, saved.inode) != (now.device, now.inode):
-        yield (
-            f"source was {saved.source} (device {saved.device}, inode {saved.inode}),"
-            f" is {now.source} (device {now.device}, inode {now.inode})"
-        )
+    yield from _fields(saved, now, ("source", "device", "inode"))
+    moved = saved.source != now.source and not saved.inode
+    if moved or (saved.device, saved.inode) != (now.device, now.inode):
+        yield f"source was {_source(saved)}, is {_source(now)}"
+
+
+def _source(mount: SavedMount) -> str:
+    identity = f" (device {mount.device}, inode {mount.inode})" if mount.inode else ""
+    return f"{mount.source or 'none'}{identity}"
 
 
 def _fields(saved: Struct, now: Struct, without: tuple[str, ...]) -> Iterator[str]:
@@ -252,8 +236,8 @@ def _root(root: LayeredRoot | DirectoryRoot, sources: Mapping[str, Source], subj
 
 
 def _mount(
-    tree_mount: TreeMount, sources: Mapping[str, Source], hints: Sequence[Hint], base: str, subject: str
-) -> SavedMount:
+    tree_mount: TreeMount, sources: Mapping[str, Source], hints: Sequence[Hint], subject: str
+) -> SavedMount:  # fmt: skip
     mount, kind = tree_mount.mount, tree_mount.mount.kind
     # Places in the guest that were left to Holdfast have no name of their own.
     name = tree_mount.target if tree_mount.target != disk_options.BLOCKDEV else f"{tree_mount.target} {mount.source}"
@@ -261,13 +245,15 @@ def _mount(
     if tree_mount.pod_source:
         volume, path = tree_mount.pod_source.volume, tree_mount.pod_source.path
         return msgspec.structs.replace(saved, contents="machine", volume=volume, sub_path=path)
-    hinted = match(hints, mount, base)
+    hinted = match(hints, mount)
     if hinted and hinted[0].has_master:
-        saved = msgspec.structs.replace(saved, volume=hinted[0].name, sub_path=hinted[1])
-        if hinted[0].kind == "tmpfs":
-            return msgspec.structs.replace(saved, contents="machine")
-    if kind == "bind" or kind in DISK_TYPES:
+        where: Contents = "machine" if hinted[0].kind == "tmpfs" else "host"
+        return msgspec.structs.replace(saved, contents=where, volume=hinted[0].name, sub_path=hinted[1])
+    if kind == "bind":
         return _on_host(msgspec.structs.replace(saved, contents="host"), mount.source, sources, subject)
+    if kind in (*DISK_TYPES, volumes.KIND):
+        where = "host" if mount.read_only else "machine"
+        return msgspec.structs.replace(saved, contents=where, source=mount.source)
     return msgspec.structs.replace(saved, contents="machine" if kind in _IN_MEMORY else "kernel")
 
 
@@ -276,18 +262,16 @@ def _on_host(saved: SavedMount, path: str, sources: Mapping[str, Source], subjec
     if source is None or source.kind in _ABSENT:
         why = f"its source {path} {f'is {source.kind}' if source else 'was not looked at'}"
         raise NotFound("record mount", subject=subject, why=why, code="source-not-found")
-    return msgspec.structs.replace(
-        saved, source=path, device=source.device, inode=source.inode, size_bytes=_size(source)
-    )  # fmt: skip
-
-
-def _size(source: Source) -> int:
-    """A folder's size says nothing about what is in it."""
-    return source.size_bytes if source.kind in ("file", "block device") else 0
+    return msgspec.structs.replace(saved, source=path, device=source.device, inode=source.inode)
 
 
 def canonical_options(options: Iterable[str], kind: str) -> tuple[str, ...]:
     """What holds of ``options``, so that lists which do the same are equal."""
+    return _canonical(tuple(options), kind)
+
+
+@lru_cache(maxsize=256)  # most mounts of a container have the same
+def _canonical(options: tuple[str, ...], kind: str) -> tuple[str, ...]:
     words = mount_options.split(options)
     parsed = mount_options.parse(words)
     holds = ["ro"] if parsed.read_only else []

@@ -78,6 +78,27 @@ def look(path: str, *, as_disk: bool = False) -> Source:
     return found
 
 
+def lasting(source: Source, *, disk: bool = False) -> Source:
+    """The same, told by what outlives a restart of the host, at which devices are numbered anew.
+
+    Of a directory that is the id of its filesystem.  A file that is shared alone is followed by its name as long as the
+    pod runs, and may be another one at any time; a disk is told by what is on it: of these, device and inode are 0.
+    """
+    if disk or source.kind == "file":
+        return msgspec.structs.replace(source, device=0, inode=0)
+    if source.kind != "directory":
+        return source
+    try:
+        return msgspec.structs.replace(source, device=filesystem_of(source.path))
+    except OSError as error:  # gone since it was looked at
+        return msgspec.structs.replace(source, kind="unreadable", why=error.strerror or "")
+
+
+def filesystem_of(path: str) -> int:
+    """What tells a filesystem from others: of most it is made of the UUID, where ``st_dev`` changes with a restart."""
+    return os.statvfs(path).f_fsid
+
+
 def _look_inside(source: Source, status: os.stat_result) -> Source:
     try:
         fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

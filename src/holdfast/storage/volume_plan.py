@@ -33,6 +33,15 @@ def whole_tree(spec: Spec) -> Tree:
     return container_tree(spec.mounts, tmp="tmpfs" if _tmp_policy(spec) == "tmpfs" else "rootfs", image_tmp="empty")
 
 
+def saved_tree(spec: Spec, default: TmpPolicy = "auto") -> Tree:
+    """The same for who knows no image, but that it stays what it is: with the ``/tmp`` that an empty one would get.
+
+    Args:
+        default: see :func:`tmp_if_empty`.
+    """
+    return container_tree(spec.mounts, tmp=_tmp_policy(spec, default), image_tmp="empty")
+
+
 def tmp_if_empty(spec: Spec, default: TmpPolicy) -> bool:
     """Whether ``/tmp`` is to be in memory if the image has nothing there, at which the guest looks.
 
