@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 from tests import users
-from tests.users import RUN
+from tests.users import RUN, UID, ids
+from tests.vm.support import wait_for_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +48,22 @@ def test_no_mount_point_stays(user):
     there = user.folder("there")
     assert user.sh("ls -d /absent/deep", "-v", f"{there}:/absent/deep") == "/absent/deep\n"
     assert names(user.rootfs) == before
+
+
+def test_mount_points_of_a_pod_that_is_killed(user):
+    before = names(user.rootfs)
+    there = user.folder("seen")
+    user.text("pod", "create", "--isolation", "namespace", "lost")
+    info = user.answer("pod", "inspect", "lost")
+    mount = ("-v", f"{there}:/absent/deep")
+    user.text("run", "--pod", "lost", "-d", "--name", "c", *mount, "--rootfs", user.rootfs, "sleep", "1000")
+    os.kill(info["pid"], signal.SIGKILL)
+    wait_for_end(info["pid"])
+    wait_for_end(info["qemu_pid"])
+    assert ids(user.rootfs / "absent/deep") == (UID, UID)
+    assert f"let go of mount-point {user.rootfs}/absent/deep of pod lost" in user.text("gc")
+    assert names(user.rootfs) == before
+    user.nothing_is_held()
 
 
 def test_a_volume_on_disk_is_refused(user):

@@ -16,6 +16,7 @@ import pytest
 from holdfast.cli import audit as module
 from holdfast.cli.main import main
 from holdfast.cli.pods import survey
+from holdfast.storage import mount_points
 from holdfast.storage.journal import Journal
 
 
@@ -124,6 +125,32 @@ def test_rows_and_leases_of_a_pod_that_nobody_knows(state_root, capsys):
         assert found(state_root) == [("attachment", "/d.raw", "ghost"), ("lease", "/d.raw", "ghost")]
         assert run(capsys, "gc")[0] == 0
         assert (journal.held(), journal.leases()) == ([], [])
+
+
+def test_mount_points_in_a_root_filesystem_that_nobody_has(state_root, tmp_path, capsys):
+    """Whichever pod made them, and whether a pod of that name lives: who has the directory has it locked."""
+    root = tmp_path / "root"
+    (root / "made").mkdir(parents=True)
+    status, made = root.stat(), (root / "made").stat()
+    detail = {"root": str(root), "device": status.st_dev, "inode": status.st_ino, "path": "made", "at_ns": 0}
+    with Journal(state_root) as journal:
+        make_pod(journal, "live")
+        row = journal.intend("live", mount_points.KIND, str(root / "made"), detail)
+        journal.hold(row, {**detail, "made": [made.st_dev, made.st_ino]})
+        with alive(journal, "live"):
+            fd = os.open(root, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                assert found(state_root) == []
+                assert run(capsys, "gc")[0] == 0
+            finally:
+                os.close(fd)
+            assert found(state_root) == [("mount-point", str(root / "made"), "live")]
+            status, answer = run(capsys, "gc")
+            assert (status, answer["findings"]) == (0, [])
+            assert [one["kind"] for one in answer["collected"]] == ["mount-point"]
+            assert [pod.name for pod in journal.pods()] == ["live"]
+    assert os.listdir(root) == []
 
 
 def test_only_what_is_dead_is_collected(state_root, capsys):

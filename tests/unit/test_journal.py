@@ -130,6 +130,16 @@ def test_many_by_one_commit(journal, state_root):
         assert [held.object for held in other.held()] == ["/disk"]
 
 
+def test_many_with_what_was_found_out_meanwhile(journal):
+    rows = journal.intend_all("p", "share", [("/0", {}), ("/1", {})])
+    journal.intend("q", "disk", "/2", {"kept": 1})
+    journal.hold_all(rows, [{"number": 3}, {"number": 4}])
+    assert [(h.state, h.detail) for h in journal.held("p")] == [("held", {"number": 3}), ("held", {"number": 4})]
+    assert [h.object for h in journal.held(kind="share")] == ["/0", "/1"]
+    assert [(h.object, h.detail) for h in journal.held(kind="disk")] == [("/2", {"kept": 1})]
+    assert journal.held("p", "disk") == []
+
+
 def test_rows_come_in_the_order_of_acquisition(journal):
     rows = [journal.intend(pod, "k", str(n)) for n, pod in enumerate("aba")]
     assert len(set(rows)) == 3

@@ -16,7 +16,16 @@ from holdfast.errors import Exhausted, HoldfastError, InUse, InvalidInput, NotFo
 from holdfast.spec.runtime import DISK_TYPES, spec_from_raw
 from holdfast.storage import plan as plan_module
 from holdfast.storage.plan import DirectoryRoot, LayeredRoot, PodSnapshot, plan_container
-from holdfast.storage.steps import CombineLayers, MakeScratch, MountDisk, MountLayer, RunContainer, ShareDirectory
+from holdfast.storage.steps import (
+    CombineLayers,
+    MakeMountPoints,
+    MakeScratch,
+    MountDisk,
+    MountLayer,
+    OverlayMount,
+    RunContainer,
+    ShareDirectory,
+)
 from holdfast.storage.survey import Source, look, survey
 
 if TYPE_CHECKING:
@@ -97,6 +106,35 @@ def test_a_root_filesystem_that_is_a_directory():
     made = plan(root=DirectoryRoot("/dir", read_only=False))
     assert made.steps[0] == ShareDirectory("root", "/dir", 1, 3, False)
     assert made.rewritten({"root": "/run/mounts/shares/m0"})["root"]["path"] == "/run/mounts/shares/m0"
+
+
+def test_a_directory_that_is_written_to_gets_mount_points_until_nobody_has_it():
+    mounts = (
+        PROC, TMPFS, bind("/file", "/tmp/in/it"), bind("/dir", "a/../b/"), bind("/file", "/b/c", "overlay"),
+        bind("/file", "f", "overlay"), disk("/disk", "/d", "ro"), disk("/disk", "blockdev:///dev/d", "ro"),
+        {"type": "bind", "source": "sandbox:///s", "destination": "/s"},
+        {"type": "bind", "source": "uvm:///etc", "destination": "/u"},
+        {"type": "tmpfs", "source": "tmpfs", "destination": "/run", "options": ["mode=700,size=1m", "mode=0710"]},
+        {"type": "tmpfs", "source": "tmpfs", "destination": "/x", "options": ["mode=rwx"]},
+    )  # fmt: skip
+    made = plan(*mounts, root=DirectoryRoot("/dir", read_only=False))
+    [step] = [step for step in made.steps if isinstance(step, MakeMountPoints)]
+    assert (step.path, step.device, step.inode) == ("/dir", 1, 3)
+    assert step.describe() == "make the mount points that /dir lacks"
+    assert [(p.path, p.directory, p.mode) for p in step.points] == [
+        ("proc", True, 0o755), ("tmp", True, 0o1777), ("b", True, 0o755), ("f", False, 0o755), ("d", True, 0o755),
+        ("s", True, 0o755), ("run", True, 0o710), ("x", True, 0o1777),
+    ]  # fmt: skip
+    assert made.steps.index(step) > max(i for i, s in enumerate(made.steps) if isinstance(s, OverlayMount))
+    assert not any(isinstance(step, MakeMountPoints) for step in plan(*mounts[:2]).steps)
+
+
+def test_a_tmp_in_memory_is_a_mount_point_too():
+    raw = document(PROC)
+    root = DirectoryRoot("/dir", read_only=False)
+    made = plan_container("c", raw, spec_from_raw(raw), root, SOURCES, tmp=True)
+    [step] = [step for step in made.steps if isinstance(step, MakeMountPoints)]
+    assert [(p.path, p.mode) for p in step.points] == [("proc", 0o755), ("tmp", 0o1777)]
 
 
 def test_a_directory_that_is_not_written_to_gets_its_mount_points_above_it():

@@ -55,6 +55,18 @@ def test_goes_on_past_errors_and_keeps_what_failed_in_order():
     assert log.done == ["d", "b", "e", "c", "a"]
 
 
+def test_what_waits_is_not_undone_before_all_that_came_after_it():
+    log, undo = Log(), Undo()
+    undo.push("a", log.action("a"))
+    undo.push("b", log.action("b"), waits=True)
+    undo.push("c", log.action("c", failures=1))
+    undo.push("d", log.action("d"))
+    assert [str(error) for error in asyncio.run(undo.unwind())] == ["c failed"]
+    assert log.done == ["d", "a"]
+    assert asyncio.run(undo.unwind()) == []
+    assert log.done == ["d", "a", "c", "b"]
+
+
 def test_an_action_that_is_no_coroutine_may_fail_too():
     undo = Undo()
     undo.push("boom", lambda: 1 / 0)

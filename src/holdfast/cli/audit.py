@@ -23,6 +23,7 @@ from holdfast.machine import upkeep
 from holdfast.machine.upkeep import Freed
 from holdfast.pod import templates
 from holdfast.pod.client import Client
+from holdfast.storage import mount_points
 from holdfast.storage.journal import Journal
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def collect(_command: GcOptions, line: CommandLine, output: Output) -> int:
         with Journal(root) as journal:
             for name in sorted(names):
                 journal.collect(name)
+            mount_points.remove_unused(journal)
     left = find(root)
     pods = machines(root, data)
     guests = {pod.guest for pod in pods} | templates.guests(data)
@@ -151,9 +153,11 @@ def _in_journal(journal: Journal) -> Iterator[Finding]:
         if dead(name):
             yield Finding("pod", name, name, f"its monitor (process {pod.pid}) is dead")
     for row in journal.held():
-        if dead(row.pod):
+        if row.kind != mount_points.KIND and dead(row.pod):
             state = {"intent": "was about to be acquired", "releasing": "was being released"}.get(row.state, "was held")
             yield Finding(row.kind, row.object, row.pod, f"{state} by a pod that is dead")
+    for row in mount_points.unused(journal):
+        yield Finding(row.kind, row.object, row.pod, "made for a container, in a root filesystem that none has now")
     for lease in journal.leases():
         if dead(lease["pod"]):
             mode = "writing" if lease["writable"] else "reading"

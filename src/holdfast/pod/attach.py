@@ -14,6 +14,7 @@ from holdfast.spec.runtime import DISK_TYPES, clean_path, spec_from_raw
 from holdfast.storage import rootless, volumes
 from holdfast.storage.attachments import GUEST_SECONDS, while_alive
 from holdfast.storage.mount_plan import check_shares, mount_step
+from holdfast.storage.steps import MountPoint, ShareDirectory
 from holdfast.storage.survey import survey
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class HotAttach:
             try:
                 # Before it is done: the guest may have done it even when its answer does not come.
                 self._engine.also_release(holder, "mount in container", lambda: self._unbind(holder))
+                directory = not (isinstance(step, ShareDirectory) and step.file)
+                self._engine.mount_points.add(container, MountPoint(mount.target, directory))
                 await self._bind(holder, container, path, mount)
                 self._containers.check_running(container)
             except BaseException as error:

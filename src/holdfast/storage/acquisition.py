@@ -31,6 +31,7 @@ from holdfast.storage.steps import (
     AssignDevice,
     CombineLayers,
     FillVolume,
+    MakeMountPoints,
     MakeScratch,
     MountDisk,
     MountLayer,
@@ -84,6 +85,8 @@ class Acquisition:
                 below = self._held.paths[step.below]
                 path = self._volume_path(step, group="", seconds=WRITTEN_SECONDS, below=below)
                 await self._engine.volumes.cover(path, below, self._held.paths.get(step.scratch, ""))
+            elif isinstance(step, MakeMountPoints):
+                await self._make_mount_points(step)
 
     async def _all(self, steps: list[Any]) -> None:
         """Does independent steps side by side; the first failure is raised when all have come to an end."""
@@ -136,7 +139,7 @@ class Acquisition:
             case UseVolume():
                 path = self._volume_path(step, _FOLDERS if step.kind == "share" else SIDE_BY_SIDE)
                 await self._engine.volumes.use(step, path)
-            case CombineLayers() | FillVolume() | OverlayMount() | RunContainer():
+            case CombineLayers() | FillVolume() | OverlayMount() | MakeMountPoints() | RunContainer():
                 raise AssertionError(step)
 
     async def _share(self, steps: tuple[ShareDirectory, ...]) -> None:
@@ -225,6 +228,12 @@ class Acquisition:
         path = self._held.paths[step.id] = self._engine.volumes.new_path(step, self._held.holder)
         self._engine.keep(self._held, KeptVolume(path, step.name, group, seconds, below))
         return path
+
+    async def _make_mount_points(self, step: MakeMountPoints) -> None:
+        points, holder = self._engine.mount_points, self._held.holder
+        # A container that could not be removed may have something mounted on them.
+        self._held.undo.push("mount points", lambda: points.release(holder), waits=True)
+        await points.make(step, holder)
 
     async def _combine(self, step: CombineLayers) -> None:
         root = f"/run/gcs/c/{self._held.holder}/rootfs"

@@ -29,6 +29,7 @@ from holdfast.storage.held import (
     KeptShares,
     KeptVolume,
 )  # fmt: skip
+from holdfast.storage.mount_points import MountPoints
 from holdfast.storage.plan import PodSnapshot
 from holdfast.storage.pod_volumes import PodVolumes
 from holdfast.storage.shares import Shares
@@ -81,6 +82,7 @@ class Engine:
         self.disks = DiskMounts(sandbox, self.attachments)
         self.shares = Shares(sandbox, journal, pod)
         self.volumes = PodVolumes(sandbox)
+        self.mount_points = MountPoints(journal, pod)
         #: Which mounts the pod's containers share -> those that have said so.
         self.hints: dict[Hint, set[str]] = {}
         #: Files of scratch disks that containers share, by whether they are encrypted.

@@ -3,7 +3,8 @@
 One SQLite file per state root, written by every pod's monitor and read by anyone.  An *intent* is durable
 before the act; *held* after it; the row goes when the thing has been let go of.  Rows of a pod are true
 as long as its monitor lives, and that is asked of the kernel: the monitor holds a lock on
-``pods/<pod>/lock``, which no reuse of a process id can fake.
+``pods/<pod>/lock``, which no reuse of a process id can fake.  Only mount points outlive their pod: see
+:mod:`holdfast.storage.mount_points`.
 
 ::
 
@@ -28,6 +29,7 @@ import msgspec
 
 from holdfast.errors import HoldfastError, InUse, NotFound, NotReleased
 from holdfast.machine import cgroups
+from holdfast.storage import mount_points
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -185,6 +187,8 @@ class Journal:
     def forget_pod(self, name: str) -> None:
         """Removes a pod with everything it held: its rows, its leases and its folder.
 
+        Mount points that others use stay recorded: see :mod:`holdfast.storage.mount_points`.
+
         Only for who holds the pod's lock, or has found it free.
 
         Raises:
@@ -192,8 +196,9 @@ class Journal:
         """
         if self._db.execute("SELECT 1 FROM pods WHERE name = ? AND isolation = 'namespace'", (name,)).fetchone():
             cgroups.remove(cgroups.of_pod(self.root, name))
+        mount_points.remove_unused(self, name)
         with self._db:
-            self._db.execute("DELETE FROM held WHERE pod = ?", (name,))
+            self._db.execute("DELETE FROM held WHERE pod = ? AND kind != ?", (name, mount_points.KIND))
             self._db.execute("DELETE FROM leases WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM machines WHERE pod = ?", (name,))
             self._db.execute("DELETE FROM pods WHERE name = ?", (name,))
@@ -257,9 +262,14 @@ class Journal:
             ids = [row for (row,) in self._db.executemany(insert, rows)]
         return ids
 
-    def hold_all(self, rows: Iterable[int]) -> None:
-        """The same as :meth:`hold` for many, by one commit."""
-        self._all("UPDATE held SET state = 'held' WHERE id = ?", rows)
+    def hold_all(self, rows: Iterable[int], details: Iterable[dict[str, Any]] | None = None) -> None:
+        """The same as :meth:`hold` for many, by one commit; ``details``, if given, are one for each."""
+        if details is None:
+            self._all("UPDATE held SET state = 'held' WHERE id = ?", rows)
+            return
+        changes = [(json.dumps(detail), row) for row, detail in zip(rows, details, strict=True)]
+        with self._db:
+            self._db.executemany("UPDATE held SET state = 'held', detail = ? WHERE id = ?", changes)
 
     def releasing_all(self, rows: Iterable[int]) -> None:
         """The same as :meth:`releasing` for many, by one commit."""
@@ -273,13 +283,14 @@ class Journal:
         with self._db:
             self._db.executemany(change, [(row,) for row in rows])
 
-    def held(self, pod: str | None = None) -> list[HeldRow]:
-        """What a pod, or every pod, holds, in the order of acquisition."""
+    def held(self, pod: str | None = None, kind: str | None = None) -> list[HeldRow]:
+        """What a pod, or every pod, holds, or that of one kind, in the order of acquisition."""
         rows: Iterable[tuple[Any, ...]]
         if pod is None:
-            rows = self._db.execute("SELECT * FROM held ORDER BY id")
+            rows = self._db.execute("SELECT * FROM held WHERE kind = coalesce(?, kind) ORDER BY id", (kind,))
         else:
-            rows = self._db.execute("SELECT * FROM held WHERE pod = ? ORDER BY id", (pod,))
+            every = "SELECT * FROM held WHERE pod = ? AND kind = coalesce(?, kind) ORDER BY id"
+            rows = self._db.execute(every, (pod, kind))
         return [HeldRow(i, p, k, o, s, json.loads(d)) for i, p, k, o, s, d in rows]
 
     # -- leases -------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from holdfast.image.records import Verity  # noqa: TC001  msgspec reads the type
 from holdfast.spec.annotations import NO_WRITABLE_SHARES
 from holdfast.spec.annotations import flag as annotation_flag
 from holdfast.spec.pmem import pmem_limits
-from holdfast.storage import overlay_plan, volume_plan, volumes
+from holdfast.storage import fork_policy, overlay_plan, volume_plan, volumes
 from holdfast.storage.mount_plan import check_present, check_shares, guest_options, mount_step, mount_subject
+from holdfast.storage.mount_point_plan import make_mount_points
 from holdfast.storage.pci import parse_function
 from holdfast.storage.scratch import whole_blocks
 from holdfast.storage.steps import (
@@ -107,6 +108,8 @@ def plan_container(
     sources: dict[str, Source],
     snapshot: PodSnapshot | None = None,
     hints: tuple[Hint, ...] = (),
+    *,
+    tmp: bool = False,
 ) -> Plan:
     """The plan for one container.
 
@@ -115,6 +118,7 @@ def plan_container(
         sources: what the survey saw, by path.
         snapshot: the pod that it joins; None is a new one.
         hints: which mounts the pod's containers share: what the pod knows, and what this one says.
+        tmp: whether ``/tmp`` is to be in memory, if the root filesystem has nothing there.
 
     Raises:
         InvalidInput, NotFound, InUse, Unsupported, Exhausted: what is wrong with the input.
@@ -134,6 +138,8 @@ def plan_container(
         for filling, rewrite in volume_plan.image_volumes(root.volumes, spec.mounts):
             steps.append(filling)
             rewrites.append(rewrite)
+    elif not root.read_only:
+        steps.append(make_mount_points(sources[root.path], spec.mounts, rewrites, steps, sources, tmp=tmp))
     steps += _device_steps(spec)
     steps.append(RunContainer("run", spec.process.args))
     return Plan(name, tuple(steps), raw, root_step, tuple(rewrites))
@@ -151,11 +157,14 @@ def _mount_steps(
     scratch = next((step for step in steps if isinstance(step, MakeScratch)), None)
     for index, mount in enumerate(below):
         step: AnyStep | None
-        if hinted := volume_plan.hinted(spec, mount, hints):
+        hinted, own = volume_plan.hinted(spec, mount, hints), volume_plan.of_the_pod(index, mount)
+        if hinted or own:
+            fork_policy.check(mount, mount_subject(index, mount), of_pod=True)
+        if hinted:
             encrypted = scratch is not None and scratch.encrypted
             step = _shared_step(index, mount, *hinted, sources, pod, encrypted=encrypted)
         else:
-            step = volume_plan.of_the_pod(index, mount) or mount_step(index, mount, sources, steps, ours)
+            step = own or mount_step(index, mount, sources, steps, ours)
         if step is not None and step.id == f"m{index}":
             steps.append(step)
         if over[index]:

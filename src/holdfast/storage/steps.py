@@ -205,6 +205,36 @@ class AssignDevice(Step, frozen=True, tag="pci"):
         return f"assign {which}PCI device {self.address}"
 
 
+class MountPoint(msgspec.Struct, frozen=True):
+    """A place that a container's root filesystem is to have.
+
+    Attributes:
+        path: relative to the root.
+        directory: or else a file.
+        mode: of a directory that has to be made.
+    """
+
+    path: str
+    directory: bool = True
+    mode: int = 0o755
+
+
+class MakeMountPoints(Step, frozen=True, tag="mount-points"):
+    """Make what a root filesystem lacks of these, until nobody has it: it is a directory of the host's.
+
+    Attributes:
+        device, inode: of the directory.
+    """
+
+    path: str
+    device: int
+    inode: int
+    points: tuple[MountPoint, ...]
+
+    def describe(self) -> str:
+        return f"make the mount points that {self.path} lacks"
+
+
 class RunContainer(Step, frozen=True, tag="run"):
     """Start the container from the rewritten specification."""
 
@@ -216,7 +246,7 @@ class RunContainer(Step, frozen=True, tag="run"):
 
 AnyStep = (
     MountLayer | MakeScratch | CombineLayers | MountDisk | ShareDirectory | UseVolume | FillVolume | OverlayMount
-    | AssignDevice | RunContainer
+    | AssignDevice | MakeMountPoints | RunContainer
 )  # fmt: skip
 
 

@@ -18,12 +18,17 @@ UNDO_SECONDS = 30.0
 
 
 class Action(NamedTuple):
-    """How to undo one thing; actions next to each other with the same ``group`` are independent."""
+    """How to undo one thing; actions next to each other with the same ``group`` are independent.
+
+    Attributes:
+        waits: see :meth:`Undo.push`.
+    """
 
     what: str
     run: Callable[[], Awaitable[object] | None]
     group: str
     seconds: float
+    waits: bool
 
 
 class Undo:
@@ -38,14 +43,17 @@ class Undo:
         action: Callable[[], Awaitable[object] | None],
         group: str = "",
         seconds: float = UNDO_SECONDS,
+        *,
+        waits: bool = False,
     ) -> None:
         """Remembers how to undo what has just been done.
 
         Args:
             group: what was done side by side is undone side by side: neighbours with the same group.
             seconds: how long it may take.
+            waits: not before all that came after it has been undone; it is no error then that it stays.
         """
-        self._actions.append(Action(what, action, group, seconds))
+        self._actions.append(Action(what, action, group, seconds, waits))
 
     def forget(self) -> None:
         """Everything went well: nothing is to be undone."""
@@ -60,6 +68,9 @@ class Undo:
         errors: list[Exception] = []
         try:
             while self._actions:
+                if failed and self._actions[-1].waits:
+                    failed.insert(0, self._actions.pop())
+                    continue
                 batch = self._last_batch()
                 for action, error in zip(batch, await asyncio.gather(*map(_undo, batch)), strict=True):
                     self._actions.remove(action)
