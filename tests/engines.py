@@ -13,6 +13,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.errors import HoldfastError
+from tests import leaks
 from tests.images import busybox_tree, make_bundle
 
 if TYPE_CHECKING:
@@ -132,9 +133,11 @@ def podman(store: Path, root: Path, options: Sequence[str], script: str) -> subp
             "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", *options, "--rootfs", str(root), "sh", "-c",
             script,
         ]  # fmt: skip
-        return subprocess.run(
+        done = subprocess.run(
             argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False
         )
+        leaks.wait_for_who_mentions(short)  # another podman removes the container, if this one was not quicker
+    return done
 
 
 def tmpfs(where: str, *options: str) -> dict[str, Any]:

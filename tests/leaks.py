@@ -247,6 +247,16 @@ def _ancestors(pid: int) -> Iterator[int]:
         pid = process.parent
 
 
+def wait_for_who_mentions(path: str | Path) -> None:
+    """Waits until no process has a path in its arguments: programs leave others behind that tidy up."""
+    deadline = time.monotonic() + 10 * PATIENCE_S
+    while (remaining := deadline - time.monotonic()) > 0:
+        found = [process for pid in _pids() if (process := _read_process(pid)) and str(path) in process.arguments]
+        if not (pids := [process.pid for process in found if process.state != "Z"]):
+            break
+        _wait_for_any(pids, remaining)
+
+
 def _wait_for_any(pids: list[int], timeout_s: float) -> None:
     """Returns when one of ``pids`` has ended."""
     poll = select.poll()

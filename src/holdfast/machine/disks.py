@@ -31,7 +31,7 @@ _SHORTEN_SECONDS = 3600.0
 #: Formats whose drivers QEMU calls otherwise.
 _DRIVERS = {"vhd": "vpc"}
 #: Files of one disk, before they are made one: each costs QEMU a little for every read, and us a descriptor.
-LONGEST_CHAIN = 16
+LONGEST_CHAIN = 8
 
 
 class DiskFile(NamedTuple):
