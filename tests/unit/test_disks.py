@@ -121,6 +121,22 @@ def test_a_chain_is_plugged_in_from_the_lowest():
     run(test)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_what_has_no_name_need_not_come_to_the_host_s_disk(tmp_path, named):
+    async def test(qemu: Qemu, disks: Disks) -> None:
+        path = tmp_path / "disk"
+        path.write_bytes(bytes(SIZE))
+        with open(path, "r+b") as opened:
+            if not named:
+                path.unlink()
+            for slot, read_only in ((SLOT, False), (Slot(0, 0), True)):
+                await disks.plug(slot, [DiskFile(opened.fileno(), "raw")], read_only=read_only)
+        caches = [node.get("cache") for node in qemu.nodes.values()]
+        assert caches == [None if named else {"no-flush": True}, None]
+
+    run(test)
+
+
 @pytest.mark.parametrize("command", ["blockdev-add", "device_add"])
 def test_what_is_refused_leaves_nothing(command):
     async def test(qemu: Qemu, disks: Disks) -> None:

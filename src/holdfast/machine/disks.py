@@ -114,6 +114,9 @@ class Disks:
                 "read-only": read_only, "discard": "unmap",
             },
         }  # fmt: skip
+        if not read_only and not os.fstat(file.fd).st_nlink:
+            # A file without a name ends with the machine: what the guest flushes need never come to the host's disk.
+            options["cache"] = {"no-flush": True}
         if file.disk_format == "qcow2":  # never opens another file by itself, whatever the image says
             options["backing"] = chain.node(number - 1) if number and backing else None
         await self._qmp.execute("blockdev-add", options)
