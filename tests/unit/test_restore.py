@@ -223,6 +223,18 @@ def test_path_of_the_same_thing_may_change() -> None:
     check_same(pod(), now)
 
 
+def test_path_of_what_has_no_other_identity_may_not() -> None:
+    """FUSE filesystems have no id, and all roots of them inode 1."""
+
+    def at(path: str) -> SavedPod:
+        sources = {path: Source(path, "directory", device=0, inode=1)}
+        return saved_pod([saved_container("app", LAYERS, container_tree([Mount("/m", "bind", path)]), sources)])
+
+    check_same(at("/one"), at("/one"))
+    with pytest.raises(InvalidInput, match="source was /one"):
+        check_same(at("/one"), at("/two"))
+
+
 DIFFERENT: list[tuple[SavedPod, str]] = [
     (pod(mounts=MOUNTS[1:]), "container app: the mount at /other is missing"),
     (pod(mounts=(*MOUNTS, Mount("/new", "tmpfs"))), "container app: the mount at /new was not there"),
@@ -245,6 +257,8 @@ DIFFERENT: list[tuple[SavedPod, str]] = [
     (changed(2, source="/host/root"), "the mount at /file: source was /host/file, is /host/root (device 1, inode 14)"),
     (changed(5, source="hugepages://1G/h"), "the mount at /huge: volume was hugepages-2M, is hugepages-1G"),
     (pod(root=msgspec.structs.replace(LAYERS, scratch_bytes=0)), "the mount at /: options was none, is ro"),
+    (pod(root=msgspec.structs.replace(LAYERS, encrypted=True)), "the mount at /: options was none, is encrypted"),
+    (pod(root=msgspec.structs.replace(LAYERS, shared=True)), "the mount at /: options was none, is shared-scratch"),
     (
         pod(root=msgspec.structs.replace(LAYERS, layers=LAYERS.layers[1:])),
         "the mount at /: layers was sha256:22,sha256:11, is sha256:11",

@@ -111,6 +111,7 @@ class Containers:
         for text in plan.warnings:
             client.event("say", {"text": text})
         args = tuple(request.spec["process"]["args"])
+        self._infos.pop(name, None)  # the newest comes last, even if there has been one of its name
         self._infos[name] = ContainerInfo(name, self._pod, "starting", request.image, args, time.time_ns())
         try:
             held = await self._engine.prepare(name, plan.steps)

@@ -202,7 +202,8 @@ def _mount_differences(saved: Sequence[SavedMount], now: Sequence[SavedMount]) -
 
 def _one_mount(saved: SavedMount, now: SavedMount) -> Iterator[str]:
     yield from _fields(saved, now, ("source", "device", "inode"))
-    moved = saved.source != now.source and not saved.inode
+    # Some filesystems have no id (FUSE), and the same inodes as others of their kind.
+    moved = saved.source != now.source and not (saved.inode and saved.device)
     if moved or (saved.device, saved.inode) != (now.device, now.inode):
         yield f"source was {_source(saved)}, is {_source(now)}"
 
@@ -230,9 +231,12 @@ def _added_or_gone(saved: Mapping[str, object], now: Mapping[str, object]) -> li
 def _root(root: LayeredRoot | DirectoryRoot, sources: Mapping[str, Source], subject: str) -> SavedMount:
     if isinstance(root, LayeredRoot):
         layers = tuple(dict.fromkeys(diff_id or path for path, diff_id in root.layers))
-        return SavedMount(ROOT, "layers", "machine", () if root.scratch_bytes else ("ro",), layers=layers)
-    options = ("ro",) if root.read_only else ()
-    return _on_host(SavedMount(ROOT, "directory", "host", options), root.path, sources, subject)
+        holds = {"ro": not root.scratch_bytes, "encrypted": root.encrypted, "shared-scratch": root.shared}
+        hashes = (f"verity={root.verity[path].root_hash}" for path, _ in root.layers if path in root.verity)
+        options = (*(word for word, does in holds.items() if does), *hashes)
+        return SavedMount(ROOT, "layers", "machine", options, layers=layers)
+    saved = SavedMount(ROOT, "directory", "host", ("ro",) if root.read_only else ())
+    return _on_host(saved, root.path, sources, subject)
 
 
 def _mount(
