@@ -51,10 +51,13 @@ class Copies:
         Raises:
             Exhausted: there is no room for a copy.
         """
-        for slot in self._wanted.keys() - self._shared.keys():
+        copied = self._wanted.keys() - self._shared.keys()
+        taken = 0
+        # First those whose room is really taken.
+        for slot in sorted(copied, key=lambda slot: self._disks.files(slot)[0].disk_format != "raw"):
             fd = self._wanted[slot]
             os.ftruncate(fd, await self._disks.size(slot))
-            await asyncio.to_thread(_reserve, self._disks.files(slot)[0], fd)
+            taken += await asyncio.to_thread(_reserve, self._disks.files(slot)[0], fd, taken)
             self._copied[slot] = fd
             await self._qmp.add_fd(_fdset(slot), fd)
             file = {"driver": "file", "filename": f"/dev/fdset/{_fdset(slot)}", "discard": "unmap"}
@@ -102,21 +105,28 @@ class Copies:
             await self._qmp.execute_if_there("remove-fd", {"fdset-id": _fdset(slot)})
 
 
-def _reserve(source: DiskFile, target_fd: int) -> None:
+def _reserve(source: DiskFile, target_fd: int, others: int) -> int:
     """Takes the room for all that is on a disk.
 
     If QEMU found none for what it copies before a write of the guest, that write would fail.
+
+    Args:
+        others: bytes that are free still and that others are to have.
+
+    Returns:
+        bytes of this disk that are to be so: where in the copy they will be, only QEMU knows.
     """
     size = os.fstat(source.fd).st_size
     try:
         if source.disk_format == "raw":
             for start, end in data_of(source.fd, size):
                 os.posix_fallocate(target_fd, start, end - start)
-            return
-        needed = os.fstat(source.fd).st_blocks * 512  # where in the copy it will be, only QEMU knows
+            return 0
+        needed = os.fstat(source.fd).st_blocks * 512
         room = os.fstatvfs(target_fd)
-        if room.f_bavail * room.f_frsize < needed:
+        if room.f_bavail * room.f_frsize < others + needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return needed
     except OSError as error:
         raise Exhausted(
             "copy disk", subject=os.readlink(f"/proc/self/fd/{source.fd}"), why=error, code="disk-full",
