@@ -108,11 +108,17 @@ class Client:
         for channel in channels:
             self._mux.open(channel)
 
-    def wait_closed(self, seconds: float) -> bool:
-        """Waits until the monitor has closed the connection: it does when it has ended; False if it has not."""
+    def wait_closed(self, seconds: float, *, unless: str = "") -> bool:
+        """Waits until the monitor has closed the connection: it does when it has ended; False if it has not.
+
+        Args:
+            unless: an event of this name ends the waiting, too.
+        """
         deadline = time.monotonic() + seconds
         try:
             while (left := deadline - time.monotonic()) > 0:
+                if unless and self.last_event(unless) is not None:
+                    return False
                 self._receive(left)
         except ProtocolError:
             return True

@@ -150,6 +150,6 @@ class Pool:
             client.shut_down()
         for client in self._ready.values():
             with contextlib.suppress(HoldfastError):
-                client.wait_closed(30)
+                client.wait_closed(30, unless="taken")  # by somebody, a moment ago
             client.close()
         self._ready.clear()
