@@ -18,6 +18,7 @@ import pytest
 
 from holdfast.errors import GuestFailed, HoldfastError, InUse
 from holdfast.guest import fresh, still
+from holdfast.guest.mountinfo import living
 from tests.images import is_clean, make_disk
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def test_memory_of_a_container_is_found(mounts, tmp_path):
         fresh.let_go()
 
 
-@pytest.mark.parametrize("what", ["missing", "below", "part", "disk", "hidden"])
+@pytest.mark.parametrize("what", ["missing", "below", "part", "disk", "hidden", "stacked", "above"])
 def test_memory_that_is_not_where_it_was_is_refused(mounts, tmp_path, what):
     """What is emptied in the copy is what was mounted there, or nothing."""
     folder = mounts("ext4" if what == "disk" else "tmpfs")
@@ -189,8 +190,12 @@ def test_memory_that_is_not_where_it_was_is_refused(mounts, tmp_path, what):
     elif what in ("below", "part"):
         place = folder / "below"
         place.mkdir()
-    elif what == "hidden":
-        mounts("ext4", folder)
+    elif what in ("hidden", "stacked"):
+        mounts("ext4" if what == "hidden" else "tmpfs", folder)
+    elif what == "above":
+        place = mounts("tmpfs", folder / "below")
+        mounts("tmpfs", folder)
+        mounts("tmpfs", place)
     if what == "part":
         subprocess.run(["mount", "--bind", place, place], check=True)
     try:
@@ -205,8 +210,27 @@ def test_memory_that_is_not_where_it_was_is_refused(mounts, tmp_path, what):
 # -- who uses it ----------------------------------------------------------------------------------
 
 PROGRAM = """
-import ctypes, os, sys
+import ctypes, os, sys, threading
 what, folder = sys.argv[1:]
+libc = ctypes.CDLL(None)
+def begun():
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+def thread(flags):
+    libc.unshare(flags)
+    if flags == 0x200:  # CLONE_FS
+        os.chdir(folder + "/below")
+    elif flags == 0x400:  # CLONE_FILES
+        os.open(folder + "/file", os.O_RDONLY)
+    elif flags == 0:  # the first thread is about to end
+        while open("/proc/self/stat").read().rpartition(")")[2].split()[0] != "Z":
+            os.sched_yield()
+    begun()
+def map_file():
+    fd = os.open(folder + "/file", os.O_RDONLY)
+    libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, ctypes.c_long(0))  # Python's own keeps the file open
+    os.close(fd)
 if what == "file":
     os.open(folder + "/file", os.O_RDONLY)
 elif what == "deleted":
@@ -215,11 +239,21 @@ elif what == "deleted":
 elif what == "folder":
     os.chdir(folder + "/below")
 elif what == "map":
-    fd = os.open(folder + "/file", os.O_RDONLY)
-    ctypes.CDLL(None).mmap(None, ctypes.c_size_t(4096), 1, 1, fd, ctypes.c_long(0))  # Python's own keeps the file open
-    os.close(fd)
-print(flush=True)
-sys.stdin.read()
+    map_file()
+elif what == "thread in folder":
+    threading.Thread(target=thread, args=[0x200]).start()
+    threading.Event().wait()
+elif what == "thread with file":
+    threading.Thread(target=thread, args=[0x400]).start()
+    threading.Event().wait()
+elif what.startswith("ended"):
+    if what == "ended with map":
+        map_file()
+    elif what == "ended with file":
+        os.open(folder + "/file", os.O_RDONLY)
+    threading.Thread(target=thread, args=[0]).start()
+    libc.syscall(60, 0)  # exit(2): of this thread alone
+begun()
 """
 
 
@@ -237,6 +271,8 @@ def uses(what: str, folder: Path) -> list[str]:
         ("nothing", ""), ("file", r"\(python.*\) has .*/file open \(fd/3\)"), ("deleted", r"/file \(deleted\) open"),
         ("folder", r"/below open \(cwd\)"), ("map", "/file mapped"), ("mount", "something is mounted in a fresh mount"),
         ("part", "a folder of a fresh mount is mounted at /mnt"),
+        ("thread in folder", r"\(python.*\) has .*/below open \(cwd\)"), ("thread with file", r"/file open \(fd/3\)"),
+        ("ended", ""), ("ended with map", "/file mapped"), ("ended with file", r"/file open \(fd/3\)"),
     ],
 )  # fmt: skip
 def test_who_uses_one_is_named(mounts, what, why):
@@ -253,3 +289,20 @@ def test_who_uses_one_is_named(mounts, what, why):
         with pytest.raises(HoldfastError, match=why) as caught:
             still._check_container("c", [process.pid], watched)
     assert (caught.value.code, caught.value.subject) == ("fresh-in-use", "c")
+
+
+def test_whose_mounts_are_to_be_seen(tmp_path):
+    """Of a process that has ended, waited for or not, there are none; if its first thread has, those of another."""
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    with subprocess.Popen(uses("ended", tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pids = {"c": os.getpid(), "zombie": zombie.pid, "gone": gone.pid, "ended": process.pid}
+        found = living(pids)
+        assert found.pop("ended") != process.pid
+        assert found == {"c": os.getpid()}
+        assert fresh.hold([], {"zombie": ["/x"]}, living(pids)) == set()
+    zombie.wait()

@@ -79,6 +79,13 @@ def test_memory_has_it_for_the_pod_and_not_for_the_runtime():
     assert emptied(NOTHING, {"c": given})["memory"] == {}
 
 
+@pytest.mark.parametrize(("last", "memory"), [("copy", {}), ("fresh", {"c": ["/m"]})])
+def test_the_last_word_on_memory_counts(last, memory):
+    """As it does on a disk."""
+    made = plan(mount("tmpfs", "tmpfs", "/m", f"{FRESH},x-holdfast.fork=copy", f"x-holdfast.fork={last}"))
+    assert emptied(NOTHING, {"c": made.rewritten({"root": "/root"})})["memory"] == memory
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

@@ -12,8 +12,8 @@ from holdfast.pod import templates
 from holdfast.spec.default import CAPABILITIES
 from tests import leaks
 from tests.images import busybox_tree, is_clean, make_bundle, make_disk
-from tests.vm.forks import Chain, end, forks, idle, shell
-from tests.vm.support import assert_nothing_held, output, sh, start_exec
+from tests.vm.forks import Chain, end, forks, idle, python, shell, until
+from tests.vm.support import BUSYBOX, assert_nothing_held, output, sh, start_exec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,21 @@ name/x'; i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo $i > a/b/$i; done; chmod
 RUN = """
 /hot/sleep 1000 & trap 'kill $!; wait $!; exit' TERM
 until [ "$(readlink /proc/$!/exe)" = /hot/sleep ]; do :; done; echo started; wait
+"""
+#: Ends the first of its threads; another says what is in a mount, again and again.
+ENDS = """
+import ctypes, os, threading, time
+open("/t/file", "w").close()
+def say():
+    while open("/proc/self/stat").read().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    while True:
+        with open("/seen/new", "w") as file:
+            file.write(str(os.listdir("/t")))
+        os.rename("/seen/new", "/seen/now")
+        time.sleep(0.05)
+threading.Thread(target=say).start()
+ctypes.CDLL(None).syscall(60, 0)  # exit(2): of this thread alone
 """
 #: What is seen of a mount, but for what is in it: its line in the mount table, and how large it is.
 LOOKS = "grep -E ' (/d|/v|/t|/hot) ' /proc/self/mountinfo; df -k /d /v /t /hot | tr -s ' ' | cut -d' ' -f2"
@@ -140,6 +155,41 @@ def test_another_container_counts_too(pod):
         sh(pod, "true", mounts=[f"type=volume,src={VOLUME},dst=/w,fork=copy"])
     assert caught.value.code == "fork-policy"
     end(pod, "other")
+
+
+def test_all_of_a_container_counts_wherever_its_first_process_is(pod):
+    """Which has moved to a control group below the container's own, as an init does; others have stayed."""
+    groups = {"type": "cgroup", "source": "cgroup", "destination": "/sys/fs/cgroup", "options": ["nosuid"]}
+    script = """
+    echo x > /t/file; sleep 1000 < /t/file & echo $! > /stayed
+    mkdir /sys/fs/cgroup/init; echo $$ > /sys/fs/cgroup/init/cgroup.procs; echo moved > /moved
+    wait; while :; do sleep 1000; done
+    """
+    memory = "type=tmpfs,dst=/t,fork=fresh"
+    pod.run(BUSYBOX, ["sh", "-c", script], name="init", detach=True, mounts=[groups, memory])
+    until(lambda: shell(pod, "init", "cat /moved 2>/dev/null; true"))
+    assert shell(pod, "init", "cat /proc/1/cgroup; cat /sys/fs/cgroup/init/cgroup.procs").splitlines()[0] == "0::/init"
+    with pytest.raises(HoldfastError, match=r"\(sleep\) has /t/file open \(fd/0\)") as caught:
+        pod.fork()
+    assert (caught.value.code, caught.value.subject) == ("fresh-in-use", "init")
+    shell(pod, "init", "kill $(cat /stayed)")
+    with forks(pod) as [child]:
+        assert shell(child, "init", "ls /t") == ""
+    assert shell(pod, "init", "cat /t/file") == "x\n"
+    end(pod, "init")
+
+
+def test_a_process_whose_first_thread_has_ended(pod):
+    """Its memory is empty in copies no less: it goes on, though it looks like a zombie."""
+    seen = {"type": "bind", "source": "sandbox://seen", "destination": "/seen", "options": ["rbind"]}
+    idle(pod, "reader", mounts=[seen])
+    python(pod, "threads", ENDS, mounts=[seen, "type=tmpfs,dst=/t,fork=fresh"])
+    until(lambda: shell(pod, "reader", "cat /seen/now 2>/dev/null; true") == "['file']")
+    with forks(pod) as [child]:
+        until(lambda: shell(child, "reader", "cat /seen/now") == "[]")
+    assert shell(pod, "reader", "cat /seen/now") == "['file']"
+    for name in ("reader", "threads"):
+        end(pod, name)
 
 
 def test_an_overlay_over_one_is_refused(pod):

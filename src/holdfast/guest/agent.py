@@ -214,7 +214,8 @@ class Agent:
         return identity
 
     def _freeze(self, params: dict[str, Any]) -> Task:
-        yield from still.stand_still(self._containers.running(), params, self._children)
+        pids, groups = self._containers.running(), self._containers.groups()
+        yield from still.stand_still(pids, groups, params, self._children)
         self._frozen = True
         return {}
 

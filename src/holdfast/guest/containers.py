@@ -13,7 +13,7 @@ from holdfast.guest.commands import check_command
 from holdfast.guest.network import SpareNetwork
 from holdfast.guest.process import Process, Stdio, listen, receive_terminal
 from holdfast.guest.ready import ID, ReadyRuntime
-from holdfast.guest.runtime import STATE, failure, log_text
+from holdfast.guest.runtime import STATE, control_group, failure, log_text
 from holdfast.guest.tmp import add_tmp
 from holdfast.guest.users import apply_user
 
@@ -253,6 +253,10 @@ class Containers:
     def running(self) -> dict[str, int]:
         """Name of each container that runs -> process id of its first process."""
         return {key: p.pid for key, p in self._processes.items() if p.status is None and not p.folder}
+
+    def groups(self) -> dict[str, str]:
+        """Name of each container that runs -> its control group; see :func:`control_group`."""
+        return {name: control_group(self._runtime_id(name)) for name in self.running()}
 
     def streams(self, channel: int) -> tuple[Input | None, Output | None]:
         """The process's end of a stream, whichever direction it has."""

@@ -48,7 +48,7 @@ def hold(disks: list[str], memory: dict[str, list[str]], pids: dict[str, int]) -
     Args:
         disks: where they are mounted.
         memory: places of those that containers have in memory, by container; of those that have ended nothing is left.
-        pids: of the first process of each container that runs.
+        pids: of a process of each container that runs, which sees its mounts.
 
     Raises:
         InUse: one in memory is not where it was mounted.
@@ -71,12 +71,17 @@ def hold(disks: list[str], memory: dict[str, list[str]], pids: dict[str, int]) -
 
 
 def _memory_at(container: str, root: Root, place: str, mounts: list[Mounted]) -> OwnedFd:
-    """The root of what a container has mounted at a place: a tmpfs, and all of it, or it is something else by now."""
+    """The root of what a container has mounted at a place: a tmpfs, and all of it, or it is something else by now.
+
+    What is mounted over it may be a tmpfs, too: then there are two at that place.
+    """
+    targets = [mount.target for mount in mounts]
     try:
         with root.resolve(os.fsencode(place), _LIST) as found:
             number, is_root = syscalls.statx_mount(found.fileno(), "", syscalls.AT_EMPTY_PATH)
             for mount in mounts:
-                if mount.number == number and is_root and (mount.fstype, mount.root) == (b"tmpfs", b"/"):
+                whole = is_root and (mount.fstype, mount.root) == (b"tmpfs", b"/")
+                if mount.number == number and whole and targets.count(mount.target) == 1:
                     return found.dup()
     except OSError:  # it is not there at all
         pass

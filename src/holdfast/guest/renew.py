@@ -12,7 +12,7 @@ from functools import partial
 
 from holdfast.errors import GuestFailed
 from holdfast.guest import shares
-from holdfast.guest.mountinfo import mounted
+from holdfast.guest.mountinfo import living, mounted
 from holdfast.linux import syscalls
 
 TYPE_CHECKING = False
@@ -42,6 +42,7 @@ def renew(pids: dict[str, int], children: Children) -> Task:
     """
     ours = [mount for mount in mounted("self") if mount.fstype == b"9p"]
     devices = {mount.device for mount in ours}
+    pids = living(pids)  # one that ended just before the machine was copied need not have been waited for
     theirs = {name: [m for m in mounted(pid) if m.device in devices] for name, pid in pids.items()}
     exports = {mount.target: mount for mount in ours if os.fsdecode(mount.target) in _folders()}
     folder_of = {mount.device: mount.target for mount in exports.values()}

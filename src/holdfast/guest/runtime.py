@@ -45,6 +45,19 @@ class Runtime:
         """Changes what is otherwise right of a container's process, or of a further one, and cannot be done here."""
 
 
+def control_group(id: str) -> str:
+    """The control group that the runtime has made for a container, as a path below cgroup2's root; empty if unknown.
+
+    The container's processes may have moved to groups below it.
+    """
+    try:
+        with open(f"{STATE}/{id}/status") as file:
+            path = json.load(file).get("cgroup-path")
+    except (OSError, ValueError):
+        return ""
+    return "/" + path.strip("/") if path else ""
+
+
 def log_text(log: str) -> str:
     """The runtime's last error, from its JSON log."""
     try:

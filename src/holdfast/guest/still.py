@@ -7,12 +7,13 @@ not there, so the copy is refused, by the process's name, and the containers go 
 
 from __future__ import annotations
 
+import errno
 import os
 
 from holdfast.errors import InUse, TimedOut
 from holdfast.guest import fresh, mounting, shares
 from holdfast.guest.loop import sleep
-from holdfast.guest.mountinfo import mounted
+from holdfast.guest.mountinfo import living, mounted, threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,19 +38,20 @@ _HINTS = {
 }
 
 
-def stand_still(pids: dict[str, int], wanted: dict[str, Any], children: Children) -> Task:
+def stand_still(pids: dict[str, int], recorded: dict[str, str], wanted: dict[str, Any], children: Children) -> Task:
     """Task: has all containers stand still, with nothing in use of shares and of filesystems that are to be fresh.
 
     They do in the copy until it has been made different from this machine: nothing draws the same random numbers twice.
 
     Args:
         pids: of the first process of each container that runs.
+        recorded: their control groups as the runtime knows them.
         wanted: which are to be fresh: ``{"disks": [path], "memory": {container: [place]}}``; see :func:`fresh.hold`.
 
     Raises:
         InUse: a process has a file of one open, or is in one; something is mounted in one.  Nothing stands still.
     """
-    groups = {name: group for name, pid in pids.items() if (group := _group(pid))}
+    groups = {name: group for name, pid in pids.items() if (group := _group(pid, recorded.get(name, "")))}
     try:
         for group in groups.values():
             _still.append(group)
@@ -58,7 +60,7 @@ def stand_still(pids: dict[str, int], wanted: dict[str, Any], children: Children
             yield from _until_frozen(name, group)
         ours = mounted("self")
         served = {mount.device for mount in ours if mount.fstype == b"9p"}
-        emptied = fresh.hold(list(wanted.get("disks", ())), dict(wanted.get("memory", {})), pids)
+        emptied = fresh.hold(list(wanted.get("disks", ())), dict(wanted.get("memory", {})), living(pids))
         _check_mounts("the guest", ours, dict.fromkeys(emptied, "fresh mount"))
         watched = dict.fromkeys(served, "share") | dict.fromkeys(emptied, "fresh mount")
         if watched:
@@ -83,8 +85,13 @@ def go_on() -> None:
 # -- control groups ----------------------------------------------------------------------------------
 
 
-def _group(pid: int) -> str:
-    """A process's control group, which need not have its container's name; empty if it is gone."""
+def _group(pid: int, recorded: str) -> str:
+    """A container's control group, which need not have its name; empty if it is gone.
+
+    It is not asked of the first process unless nobody else knows: that may have moved to a group below its container's.
+    """
+    if recorded and os.path.isdir(_CGROUPS + recorded):
+        return _CGROUPS + recorded
     try:
         with open(f"/proc/{pid}/cgroup") as file:
             path = file.read().rpartition("::")[2].strip()
@@ -120,8 +127,13 @@ def _processes(folder: str) -> list[int]:
     found = []
     for path, _, files in os.walk(folder):
         if "cgroup.procs" in files:
-            with open(f"{path}/cgroup.procs") as file:
-                found += [int(line) for line in file]
+            try:
+                with open(f"{path}/cgroup.procs") as file:
+                    found += [int(line) for line in file]
+            except OSError as error:
+                # Threads that were put into a group of their own: one above has the process (cgroups(7)).
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
     return found
 
 
@@ -131,14 +143,16 @@ def _processes(folder: str) -> list[int]:
 def _check_container(name: str, processes: list[int], watched: Watched) -> None:
     namespaces: set[int] = set()
     for pid in processes:
-        try:
-            namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
-            if namespace not in namespaces:  # a container may have made some of its own
-                namespaces.add(namespace)
-                _check_mounts(name, mounted(pid), watched)
-            _check_process(name, pid, watched)
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            continue
+        for thread in threads(pid):
+            try:
+                namespace = os.stat(f"/proc/{thread}/ns/mnt").st_ino
+                if namespace not in namespaces:  # a container may have made some of its own
+                    namespaces.add(namespace)
+                    _check_mounts(name, mounted(thread), watched)
+                _check_thread(name, pid, thread, watched)
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+        _check_maps(name, pid, watched)
 
 
 def _check_mounts(name: str, mounts: list[Mounted], watched: Watched) -> None:
@@ -151,10 +165,9 @@ def _check_mounts(name: str, mounts: list[Mounted], watched: Watched) -> None:
             raise _in_use("fresh mount", name, f"a folder of a fresh mount is mounted at {_text(mount.target)}")
 
 
-def _check_process(name: str, pid: int, watched: Watched) -> None:
-    folder = f"/proc/{pid}"
-    with open(f"{folder}/comm", "rb") as file:
-        process = f"process {pid} ({_text(file.read().strip())})"
+def _check_thread(name: str, pid: int, thread: int, watched: Watched) -> None:
+    """What it has open and where it is: threads need not share that (``CLONE_FILES`` and ``CLONE_FS``, unshare(2))."""
+    folder = f"/proc/{thread}"
     for used in [*(f"fd/{fd}" for fd in os.listdir(f"{folder}/fd")), "cwd", "root", "exe"]:
         try:
             device = os.stat(f"{folder}/{used}").st_dev
@@ -162,12 +175,29 @@ def _check_process(name: str, pid: int, watched: Watched) -> None:
             continue
         if kind := watched.get((os.major(device), os.minor(device))):
             path = os.readlink(os.fsencode(f"{folder}/{used}"))
-            raise _in_use(kind, name, f"{process} has {_text(path)} open ({used})")
-    with open(f"{folder}/maps", "rb") as maps:
-        for line in maps:
+            raise _in_use(kind, name, f"{_process(pid)} has {_text(path)} open ({used})")
+
+
+def _check_maps(name: str, pid: int, watched: Watched) -> None:
+    """What it has mapped, which all of its threads share; one that has ended shows nothing."""
+    for thread in threads(pid):
+        try:
+            with open(f"/proc/{thread}/maps", "rb") as maps:
+                lines = maps.readlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for line in lines:
             major, minor = (int(part, 16) for part in line.split(b" ", 4)[3].split(b":"))
             if kind := watched.get((major, minor)):
-                raise _in_use(kind, name, f"{process} has {_text(line.split(maxsplit=5)[5].strip())} mapped")
+                raise _in_use(kind, name, f"{_process(pid)} has {_text(line.split(maxsplit=5)[5].strip())} mapped")
+        if lines:
+            return
+
+
+def _process(pid: int) -> str:
+    """For an error."""
+    with open(f"/proc/{pid}/comm", "rb") as file:
+        return f"process {pid} ({_text(file.read().strip())})"
 
 
 def _text(path: bytes) -> str:

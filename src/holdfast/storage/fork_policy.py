@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from holdfast.storage.frozen import FrozenStorage
 
 FRESH = "fresh"
-_FRESH_OPTION = f"{PREFIX}fork={FRESH}"
 
 
 # -- for plans: pure ------------------------------------------------------------------------------
@@ -117,4 +116,7 @@ def emptied(storage: FrozenStorage, specs: Mapping[str, dict[str, Any]]) -> dict
 
 
 def _is_fresh_memory(mount: dict[str, Any]) -> bool:
-    return mount.get("type") == "tmpfs" and _FRESH_OPTION in mount_options.split(mount.get("options") or ())
+    options = mount.get("options") or ()
+    if mount.get("type") != "tmpfs" or not any(PREFIX in option for option in options):
+        return False
+    return disk_options.take(mount_options.split(options), mount["destination"]).fork == FRESH
