@@ -66,6 +66,24 @@ def test_mount_points_of_a_pod_that_is_killed(user):
     user.nothing_is_held()
 
 
+def test_a_root_that_cannot_be_opened_while_a_pod_has_it(user):
+    before = names(user.rootfs)
+    there, mode = user.folder("shown"), user.rootfs.stat().st_mode
+    user.text("pod", "create", "--isolation", "namespace", "kept")
+    mount = ("-v", f"{there}:/absent/deep")
+    user.text("run", "--pod", "kept", "-d", "--name", "c", *mount, "--rootfs", user.rootfs, "sleep", "1000")
+    user.rootfs.chmod(0o111)
+    try:
+        assert user.answer("audit")["clean"]
+        assert user.answer("gc")["collected"] == []
+    finally:
+        user.rootfs.chmod(mode)
+    assert (user.rootfs / "absent/deep").is_dir()
+    user.text("pod", "remove", "--force", "kept")
+    assert names(user.rootfs) == before
+    user.nothing_is_held()
+
+
 def test_a_volume_on_disk_is_refused(user):
     hint = [f"dev.holdfast.mount.v.{field}" for field in ("source=/v", "type=tmpfs", "share=pod")]
     annotations = [word for text in hint for word in ("--annotation", text)]

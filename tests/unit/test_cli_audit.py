@@ -16,6 +16,7 @@ import pytest
 from holdfast.cli import audit as module
 from holdfast.cli.main import main
 from holdfast.cli.pods import survey
+from holdfast.linux.syscalls import AT_FDCWD, statx_birth
 from holdfast.storage import mount_points
 from holdfast.storage.journal import Journal
 
@@ -131,12 +132,12 @@ def test_mount_points_in_a_root_filesystem_that_nobody_has(state_root, tmp_path,
     """Whichever pod made them, and whether a pod of that name lives: who has the directory has it locked."""
     root = tmp_path / "root"
     (root / "made").mkdir(parents=True)
-    status, made = root.stat(), (root / "made").stat()
+    status = root.stat()
     detail = {"root": str(root), "device": status.st_dev, "inode": status.st_ino, "path": "made", "at_ns": 0}
     with Journal(state_root) as journal:
         make_pod(journal, "live")
         row = journal.intend("live", mount_points.KIND, str(root / "made"), detail)
-        journal.hold(row, {**detail, "made": [made.st_dev, made.st_ino]})
+        journal.hold(row, {**detail, "made": statx_birth(AT_FDCWD, str(root / "made"))})
         with alive(journal, "live"):
             fd = os.open(root, os.O_RDONLY)
             try:

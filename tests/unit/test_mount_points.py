@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
+import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,9 +18,12 @@ import msgspec
 import pytest
 
 from holdfast.errors import InUse, NotFound
+from holdfast.linux.fds import OwnedFd
+from holdfast.linux.syscalls import AT_FDCWD, statx_birth
 from holdfast.storage import mount_points
 from holdfast.storage.journal import Journal
 from holdfast.storage.mount_points import KIND, MountPoints
+from holdfast.storage.real_paths import RealPaths
 from holdfast.storage.steps import MakeMountPoints, MountPoint
 from tests.vm.support import python_program
 
@@ -52,6 +58,25 @@ def make(points: MountPoints, root: Path, *paths: str, container: str = "c") -> 
 
 def names(root: Path) -> list[str]:
     return sorted(os.path.relpath(os.path.join(where, n), root) for where, d, f in os.walk(root) for n in d + f)
+
+
+def tick() -> None:
+    """Returns when what is made then is younger than what was made before."""
+    coarse = 5  # CLOCK_REALTIME_COARSE, by which filesystems go
+    now = time.clock_gettime_ns(coarse)
+    while time.clock_gettime_ns(coarse) == now:
+        pass
+
+
+@contextlib.contextmanager
+def alive(journal: Journal, pod: str) -> Iterator[None]:
+    """As if its monitor lived."""
+    folder = journal.pods_folder / pod
+    folder.mkdir()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    shutil.rmtree(folder)
 
 
 def recorded(journal: Journal, root: Path) -> list[str]:
@@ -121,6 +146,52 @@ def test_what_is_somebody_s_by_then_stays(journal, root, tmp_path):
     points.release("c")
     left = ["a", "a/mine", "elsewhere", "elsewhere/x", "etc", "etc/file", "link", "moved", "one", "other"]
     assert (names(root), journal.held()) == (left, [])
+
+
+def test_an_inode_that_is_used_again(journal, root):
+    """ext4 gives the next thing that is made the inode of the last one that was removed."""
+    points = MountPoints(journal, "p")
+    make(points, root, "a/", "etc/one")
+    tick()
+    (root / "a").rmdir()
+    (root / "etc/one").unlink()
+    (root / "a").mkdir()
+    (root / "etc/one").touch()
+    for row in journal.held():  # on any filesystem
+        device, _, born_ns = row.detail["made"]
+        journal.hold(row.id, {**row.detail, "made": [device, os.stat(row.object).st_ino, born_ns]})
+    points.release("c")
+    assert (names(root), journal.held()) == (["a", "etc", "etc/file", "etc/one"], [])
+
+
+def test_what_cannot_be_told_stays(journal, root):
+    """As on a filesystem that has no birth times."""
+    points = MountPoints(journal, "p")
+    make(points, root, "a/")
+    [row] = journal.held()
+    journal.hold(row.id, {**row.detail, "made": [*row.detail["made"][:2], 0]})
+    points.release("c")
+    assert (names(root), journal.held()) == (["a", "etc", "etc/file"], [])
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_nothing_is_left_of_what_was_not_wholly_made(root, directory):
+    before, fd = names(root), os.open(root, os.O_PATH)
+    with OwnedFd(fd), RealPaths(fd) as tree:
+        with pytest.raises(OverflowError):  # fchmod(2) cannot even be called
+            tree.make(b"etc/new", 1 << 64, directory=directory)
+        with pytest.raises(FileExistsError):
+            tree.make(b"etc/file", 0o644, directory=directory)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        next_fd = os.dup(fd)
+        os.close(next_fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_fd, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                tree.make(b"etc/new", 0o755, directory=directory)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert names(root) == before
 
 
 def test_what_cannot_be_made_is_the_runtime_s_to_tell(journal, root):
@@ -273,16 +344,17 @@ def test_what_has_been_put_there_since_stays(journal, state_root, root):
     assert (names(root), journal.held()) == (["a", "a/b", "a/b/mine", "etc", "etc/file", "etc/one"], [])
 
 
-def test_what_was_made_long_after_it_was_meant_to_be_is_somebody_else_s(journal, root):
+def test_what_was_made_at_another_time_than_it_was_meant_to_be_is_somebody_else_s(journal, root):
     """As long as no inode is known: the pod may have been killed before it was made."""
     status = root.stat()
     detail = {"root": str(root), "device": status.st_dev, "inode": status.st_ino}
-    for name, ago in (("soon", 0), ("later", 61)):
-        (root / name).mkdir()
-        at_ns = time.time_ns() - ago * 10**9
+    for name, after_ms in (("tick", -9), ("soon", 4_000), ("before", -20), ("later", 6_000)):
+        (root / "made").mkdir()
+        at_ns = statx_birth(AT_FDCWD, str(root / "made"))[2] - after_ms * 10**6
+        (root / "made").rename(root / name)
         journal.intend("p", KIND, str(root / name), {**detail, "path": name, "at_ns": at_ns})
     mount_points.remove_unused(journal)
-    assert (names(root), journal.held()) == (["etc", "etc/file", "later"], [])
+    assert (names(root), journal.held()) == (["before", "etc", "etc/file", "later"], [])
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -295,3 +367,28 @@ def test_a_root_that_is_gone_is_forgotten(journal, state_root, root, there):
     mount_points.remove_unused(journal)
     assert journal.held() == []
     assert names(root) == (["a"] if there else [])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_root_that_is_renamed_while_a_pod_that_lives_has_it(journal, state_root, root, there):
+    before, moved = names(root), root.with_name("moved")
+    kill_at(4, state_root, root)
+    points = MountPoints(journal, "q")
+    make(points, root, "b/")
+    root.rename(moved)
+    if there:
+        root.mkdir()
+    with alive(journal, "q"):
+        assert mount_points.unused(journal) == []
+        mount_points.remove_unused(journal)
+        journal.forget_pod("p")
+        assert len(journal.held()) == 5
+        points.release("c")
+        assert (names(moved), journal.held()) == (before, [])
+        make(points, moved, "b/")
+        moved.rename(root.with_name("again"))
+        mount_points.remove_unused(journal)
+        assert len(journal.held()) == 1
+        mount_points.remove_unused(journal, "q")  # it is being forgotten
+        assert journal.held() == []
+        points.release("c")

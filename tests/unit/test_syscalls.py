@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 import pytest
 
@@ -34,6 +35,19 @@ def test_a_null_byte_does_not_make_another_path(tmp_path, path):
         syscalls.mount("none", b"/nosuch\0x", "tmpfs")
     with pytest.raises(OSError, match="embedded null byte"):
         syscalls.umount("/nosuch\0x")
+
+
+def test_when_something_was_made(tmp_path):
+    (tmp_path / "link").symlink_to("/")
+    before_ns = time.time_ns()
+    (tmp_path / "new").touch()
+    os.utime(tmp_path / "new", (0, 0))
+    for path, flags in ((f"{tmp_path}/new", 0), (f"{tmp_path}/link", syscalls.AT_SYMLINK_NOFOLLOW)):
+        device, inode, born_ns = syscalls.statx_birth(syscalls.AT_FDCWD, path, flags)
+        status = os.lstat(path)
+        assert (device, inode) == (status.st_dev, status.st_ino)
+        assert abs(born_ns - before_ns) < 60 * 10**9
+    assert syscalls.statx_birth(syscalls.AT_FDCWD, "/proc/self")[2] == 0
 
 
 def test_openat2_stays_in_the_root(tmp_path):

@@ -75,6 +75,25 @@ def test_none_stays(shared_pod, tmp_path, source):
     assert_holds_nothing(shared_pod)
 
 
+def test_none_is_made_below_what_a_mount_covers(shared_pod, tmp_path, source):
+    """Of a hot attach to a place in another mount of the container's: it is made in there."""
+    made = bundle(tmp_path / "b", WAITING)
+    (tmp_path / "other").mkdir()
+    before = names(made / "rootfs")
+    with waiting(shared_pod, made, source) as session:
+        shared_pod.attach(f"type=bind,src={tmp_path / 'other'},dst=/hot", container="c")
+        there = names(made / "rootfs")
+        for place in ("/new/memory/hot", "/hot/below"):  # in one that it was started with, in one that it got then
+            shared_pod.attach(f"type=bind,src={source},dst={place}", container="c")
+            assert output(shared_pod.exec("c", ["cat", f"{place}/file"])) == "content\n"
+        assert names(made / "rootfs") == there
+        shared_pod.detach("/hot/below", container="c")
+        assert names(tmp_path / "other") == []
+        end(session)
+    assert names(made / "rootfs") == before
+    assert_holds_nothing(shared_pod)
+
+
 def test_none_stays_after_a_start_that_failed(shared_pod, tmp_path, source):
     made = bundle(tmp_path / "b", "true")
     before = names(made / "rootfs")

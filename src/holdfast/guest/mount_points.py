@@ -1,4 +1,7 @@
-"""Mount points that are made in a container that runs, and go with the mount."""
+"""Mount points that are made in a container that runs, and go when the mount is taken out.
+
+If the container ends first, they stay where it had them: in its own filesystem, or in another mount of its own.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ AT_SYMLINK_NOFOLLOW = 0x100
 AT_NO_AUTOMOUNT = 0x800
 AT_STATX_DONT_SYNC = 0x4000
 
+STATX_INO = 0x100
+STATX_BTIME = 0x800
 STATX_MNT_ID = 0x1000
 STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_MOUNT_ROOT = 0x2000
@@ -159,7 +161,14 @@ class _Statx(ctypes.Structure):
         ("stx_mask", ctypes.c_uint32),
         ("stx_blksize", ctypes.c_uint32),
         ("stx_attributes", ctypes.c_uint64),
-        ("_unused", ctypes.c_uint8 * 128),
+        ("_unused", ctypes.c_uint8 * 16),
+        ("stx_ino", ctypes.c_uint64),
+        ("_unused_sizes", ctypes.c_uint8 * 40),
+        ("stx_btime_sec", ctypes.c_int64),
+        ("stx_btime_nsec", ctypes.c_uint32),
+        ("_unused_times", ctypes.c_uint8 * 44),
+        ("stx_dev_major", ctypes.c_uint32),
+        ("stx_dev_minor", ctypes.c_uint32),
         ("stx_mnt_id", ctypes.c_uint64),
         ("_spare", ctypes.c_uint8 * 104),
     )
@@ -338,6 +347,18 @@ def statx_mount(dir_fd: int, path: str | bytes, flags: int = 0, mask: int = STAT
     _call("statx", path, dir_fd, os.fsencode(path), how, mask, ctypes.addressof(found))
     number = int(found.stx_mnt_id) if found.stx_mask & mask else 0
     return number, bool(found.stx_attributes & STATX_ATTR_MOUNT_ROOT)
+
+
+def statx_birth(dir_fd: int, path: str | bytes, flags: int = 0) -> tuple[int, int, int]:
+    """statx(2): device, inode and birth time, in nanoseconds since the epoch, of what is there.
+
+    The time is 0 on a filesystem that has none.
+    """
+    found, mask = _Statx(), STATX_INO | STATX_BTIME
+    how = flags | AT_NO_AUTOMOUNT
+    _call("statx", path, dir_fd, os.fsencode(path), how, mask, ctypes.addressof(found))
+    born_ns = found.stx_btime_sec * 10**9 + found.stx_btime_nsec if found.stx_mask & STATX_BTIME else 0
+    return os.makedev(found.stx_dev_major, found.stx_dev_minor), int(found.stx_ino), int(born_ns)
 
 
 def statmount(unique_id: int) -> MountFacts:

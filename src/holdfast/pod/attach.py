@@ -94,14 +94,20 @@ class HotAttach:
             try:
                 # Before it is done: the guest may have done it even when its answer does not come.
                 self._engine.also_release(holder, "mount in container", lambda: self._unbind(holder))
-                directory = not (isinstance(step, ShareDirectory) and step.file)
-                self._engine.mount_points.add(container, MountPoint(mount.target, directory))
+                if not self._is_in_mount(container, mount.target):
+                    directory = not (isinstance(step, ShareDirectory) and step.file)
+                    self._engine.mount_points.add(container, MountPoint(mount.target, directory))
                 await self._bind(holder, container, path, mount)
                 self._containers.check_running(container)
             except BaseException as error:
                 await asyncio.shield(asyncio.ensure_future(self._give_up(holder, error)))
                 raise
         return {"guest_path": path}
+
+    def _is_in_mount(self, container: str, target: str) -> bool:
+        """Whether it is below a mount of the container's: the mount point is made in there then, by the guest."""
+        mounts = (*self._containers.paths(), *self.paths())
+        return any(name == container and target.startswith(f"{clean_path(path)}/") for name, _, path in mounts)
 
     async def _bind(self, holder: str, container: str, path: str, mount: Mount) -> None:
         options = [option for option in split(mount.options) if not option.startswith(PREFIX)]

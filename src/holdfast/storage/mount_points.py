@@ -6,8 +6,10 @@ has it, in whatever mount namespace (rmdir(2) does, since Linux 3.18).
 
 Who has the directory holds a shared lock on it (flock(2)): the kernel drops that, whatever kills a pod, and pods of
 other state roots are seen by it, too.  Who gets the lock alone removes what the journal says was made there, by
-whichever pod: its rows outlive the pod, if others have the directory still.  A row has the real path, and as soon as
-the thing is made, its inode: what is not that, or has something in it, is somebody's by now and stays.
+whichever pod of the state root: its rows outlive the pod, if others have the directory still.  A row has the real
+path, and as soon as the thing is made, its inode and birth time, for a filesystem soon uses an inode again.  What is
+not that, or has something in it, is somebody's by now and stays; so does all that is on a filesystem without birth
+times, where nobody can tell.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 #: Of their rows in the journal.
 KIND = "mount-point"
 _LOCK_SECONDS = 10.0
-#: If a pod is killed before a row has the inode, the thing is ours if nothing has changed it since this long after.
-_MAKING_NS = 60 * 10**9
+#: If a pod is killed before a row has the inode, the thing is ours if it was made at most this long after the row.
+_MAKING_NS = 5 * 10**9
+#: Times of files are those of the last tick of the clock (current_time() of the kernel), at 100 Hz or more.
+_TICK_NS = 10 * 10**6
 #: Why something cannot be removed that is not ours, or not any more.
 _SOMEBODYS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST, errno.EINVAL)
 
@@ -121,7 +125,11 @@ class MountPoints:
 
 
 def unused(journal: Journal) -> list[HeldRow]:
-    """What was made in directories that nobody has now."""
+    """What was made in directories that nobody has now.
+
+    A directory that its path does not lead to any more may be in use still: by a pod that lives and has made something
+    there.
+    """
     found: list[HeldRow] = []
     for root, rows in _by_root(journal.held(kind=KIND)).items():
         try:
@@ -129,7 +137,8 @@ def unused(journal: Journal) -> list[HeldRow]:
         except BlockingIOError:
             continue
         except OSError:  # it is not there, or not to be opened
-            pass
+            if _has_pod(journal, rows):
+                continue
         found += rows
     return found
 
@@ -138,13 +147,16 @@ def remove_unused(journal: Journal, pod: str | None = None) -> None:
     """Removes it; what cannot be removed stays recorded.
 
     Args:
-        pod: only in directories in which this one has made something.
+        pod: only in directories in which this one has made something; it is being forgotten, and counts as dead.
     """
-    for root, rows in _by_root(journal.held(pod, KIND)).items():
+    for root, rows in _by_root(journal.held(kind=KIND)).items():
+        if pod is not None and all(row.pod != pod for row in rows):
+            continue
         try:
             fd = _lock_alone(root)
         except (FileNotFoundError, NotADirectoryError):
-            journal.release_all(row.id for row in rows)
+            if not _has_pod(journal, rows, forgotten=pod):
+                journal.release_all(row.id for row in rows)
         except OSError:  # somebody has it, or nobody can tell
             continue
         else:
@@ -152,41 +164,45 @@ def remove_unused(journal: Journal, pod: str | None = None) -> None:
                 _remove(journal, root, fd)
 
 
+def _has_pod(journal: Journal, rows: Iterable[HeldRow], forgotten: str | None = None) -> bool:
+    """Whether a pod lives that any of the rows are of."""
+    return any(journal.is_alive(pod) for pod in {row.pod for row in rows} if pod != forgotten)
+
+
 def _remove(journal: Journal, root: RootKey, fd: OwnedFd) -> None:
     """Removes what was made in a directory that is locked, as far as it is there, empty and ours."""
     rows = [row for row in journal.held(kind=KIND) if _key(row)[1:] == root[1:]]
     rows.sort(key=_path, reverse=True)  # what is in a directory comes before that
     with RealPaths(fd.fileno()) as tree:
-        # All are looked at before the first one goes: that changes the directory that it is in.
-        ours = [(row, _is_ours(tree, row)) for row in rows]
-        gone = [row.id for row, is_ours in ours if not is_ours or _removed(tree, _path(row))]
+        gone = [row.id for row in rows if _removed(tree, row)]
     journal.release_all(gone)
 
 
-def _made(tree: RealPaths, path: bytes, point: MountPoint) -> tuple[int, int] | None:
-    """Makes one; returns its device and inode, or None if that was not to be."""
+def _made(tree: RealPaths, path: bytes, point: MountPoint) -> tuple[int, int, int] | None:
+    """Makes one; returns its device, inode and birth time, or None if that was not to be."""
     try:
-        status = tree.make(path, point.mode if point.directory else 0o644, directory=point.directory)
+        return tree.make(path, point.mode if point.directory else 0o644, directory=point.directory)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
-def _is_ours(tree: RealPaths, row: HeldRow) -> bool:
-    try:
-        status = tree.stat(_path(row))
-    except OSError as error:
-        return error.errno not in _SOMEBODYS
-    detail = row.detail
+def _is_ours(detail: dict[str, Any], found: tuple[int, int, int]) -> bool:
+    """Whether what is found at a row's path is what was made for it; somebody's, if that cannot be told."""
+    device, _, born_ns = found
+    if not born_ns:
+        return False
     if "made" in detail:
-        return [status.st_dev, status.st_ino] == list(detail["made"])
-    return bool(status.st_dev == detail["device"] and status.st_ctime_ns < detail["at_ns"] + _MAKING_NS)
+        return bool(list(found) == detail["made"])
+    since_ns = born_ns - detail["at_ns"]
+    return bool(device == detail["device"] and -_TICK_NS <= since_ns <= _MAKING_NS)
 
 
-def _removed(tree: RealPaths, path: bytes) -> bool:
-    """Whether it is done with; False if it is ours, and cannot be removed now."""
+def _removed(tree: RealPaths, row: HeldRow) -> bool:
+    """Whether it is done with, removed or somebody's; False if that cannot be told, or done, now."""
+    path = _path(row)
     try:
-        tree.remove_empty(path)
+        if _is_ours(row.detail, tree.identity(path)):
+            tree.remove_empty(path)
     except OSError as error:
         return error.errno in _SOMEBODYS
     return True

@@ -5,6 +5,7 @@ Paths are bytes, relative to the tree's root.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -61,24 +62,39 @@ class RealPaths:
         name, dir_fd = self._at(path)
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
+    def identity(self, path: bytes) -> tuple[int, int, int]:
+        """Device, inode and birth time of what is there itself: :func:`holdfast.linux.syscalls.statx_birth`."""
+        name, dir_fd = self._at(path)
+        return syscalls.statx_birth(dir_fd, name, syscalls.AT_SYMLINK_NOFOLLOW)
+
     def readlink(self, path: bytes) -> bytes:
         """readlink(2)."""
         name, dir_fd = self._at(path)
         return os.readlink(name, dir_fd=dir_fd)
 
-    def make(self, path: bytes, mode: int, *, directory: bool) -> os.stat_result:
-        """Makes a directory, or an empty file, with just this mode.
+    def make(self, path: bytes, mode: int, *, directory: bool) -> tuple[int, int, int]:
+        """Makes a directory, or an empty file, with just this mode; returns its :meth:`identity`.
 
         Raises:
-            OSError: EEXIST: the name is taken; and others.
+            OSError: EEXIST: the name is taken; and others.  Nothing is left of it.
         """
         name, dir_fd = self._at(path)
         flags = os.O_RDONLY | os.O_DIRECTORY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        if directory:
-            os.mkdir(name, 0o700, dir_fd=dir_fd)
-        with OwnedFd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)) as made:
-            os.fchmod(made.fileno(), mode)
-            return os.fstat(made.fileno())
+        with contextlib.ExitStack() as undo:
+            if directory:
+                os.mkdir(name, 0o700, dir_fd=dir_fd)
+                undo.callback(self._unmake, path)
+            with OwnedFd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)) as made:
+                if not directory:
+                    undo.callback(self._unmake, path)
+                os.fchmod(made.fileno(), mode)
+                identity = syscalls.statx_birth(made.fileno(), "", syscalls.AT_EMPTY_PATH)
+            undo.pop_all()
+        return identity
+
+    def _unmake(self, path: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self.remove_empty(path)
 
     def remove_empty(self, path: bytes) -> None:
         """Removes a directory or a file.
