@@ -27,7 +27,7 @@ class Qemu:
         self.fdsets: set[int] = set()
         self.devices: dict[str, str] = {}
         self.refuses = ""
-        self.streamed: list[str] = []
+        self.streamed: list[tuple[str, str]] = []
         self.died: HoldfastError | None = None
 
     async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
@@ -43,7 +43,7 @@ class Qemu:
         elif command == "device_add":
             self.devices[arguments["id"]] = arguments["drive"]
         elif command == "block-stream":
-            self.streamed.append(arguments["device"])
+            self.streamed.append((arguments["device"], arguments["base-node"]))
         elif command == "query-jobs":
             return []
         elif command == "query-named-block-nodes":
@@ -195,7 +195,7 @@ def test_a_file_that_was_not_put_there():
 
 
 def test_a_chain_that_has_become_too_long():
-    """All that lies below becomes part of the top file, and numbers that are free are used again."""
+    """What lies between becomes part of the top file, and numbers that are free are used again."""
 
     async def test(qemu: Qemu, disks: Disks) -> None:
         await plug(disks, "raw")
@@ -204,7 +204,8 @@ def test_a_chain_that_has_become_too_long():
             disks.overlaid([SLOT])
             assert len(qemu.nodes) == len(qemu.fdsets) == len(disks.files(SLOT)) <= LONGEST_CHAIN
             assert disks.top(SLOT) == list(qemu.nodes)[-1]
-        assert qemu.streamed == [f"d1-3.{number * (LONGEST_CHAIN - 1)}" for number in (1, 2, 3)]
+        tops = [LONGEST_CHAIN - 1 + number * (LONGEST_CHAIN - 2) for number in range(3)]
+        assert qemu.streamed == [(f"d1-3.{number}", "d1-3") for number in tops]
         await disks.unplug(SLOT)
         assert qemu.is_empty()
 

@@ -49,16 +49,15 @@ class Chain:
         self.slot = slot
         self.read_only = read_only
         self.files: list[DiskFile] = []
-        #: Number of the lowest of them: those below it have become part of the one above.
-        self.first = 0
+        #: How many were between the lowest and the next, and have become part of that.
+        self.merged = 0
         #: Whether the last of the files has been made to be put on top, and is not there yet.
         self.next = False
 
     def node(self, place: int) -> str:
         """Name of the block node of one of the files, the lowest being at 0."""
-        number = self.first + place
         name = f"d{self.slot.controller}-{self.slot.lun}"
-        return f"{name}.{number}" if number else name
+        return f"{name}.{self.merged + place}" if place else name
 
     @property
     def top(self) -> str:
@@ -67,8 +66,9 @@ class Chain:
 
     def fdset(self, place: int) -> int:
         """QEMU's number for the descriptors of one of the files."""
-        numbers = LONGEST_CHAIN + 2  # no two of a chain are so far apart
-        return 1000 + (self.slot.controller * 64 + self.slot.lun) * numbers + (self.first + place) % numbers
+        numbers = LONGEST_CHAIN + 1  # but for the lowest, no two of a chain are so far apart
+        number = 1 + (self.merged + place) % numbers if place else 0
+        return 1000 + (self.slot.controller * 64 + self.slot.lun) * (numbers + 1) + number
 
 
 class Disks:
@@ -191,19 +191,22 @@ class Disks:
         await self._add_node(chain, number, read_only=False, backing=False)
 
     async def _shorten(self, chain: Chain) -> None:
-        """Takes all that lies below into the top file, while the guest goes on; who has the other files keeps them.
+        """Takes what lies between the lowest file and the top one into that, while the guest goes on.
+
+        The lowest stays: QEMU would read all of it, holes too, to find out what there is.  Who has the others keeps them.
 
         Raises:
             MachineFailed: QEMU could not, as when there is no room.
         """
         job = f"shorten-{chain.top}"
-        await self._qmp.execute("block-stream", {"job-id": job, "device": chain.top, "auto-dismiss": False})
+        stream = {"job-id": job, "device": chain.top, "base-node": chain.node(0), "auto-dismiss": False}
+        await self._qmp.execute("block-stream", stream)
         await wait_for_job(self._qmp, job, _SHORTEN_SECONDS)
-        below = len(chain.files) - 1
-        for number in reversed(range(below)):
-            await self._qmp.execute_if_there("blockdev-del", {"node-name": chain.node(number)})
-            await self._qmp.execute_if_there("remove-fd", {"fdset-id": chain.fdset(number)})
-        gone, chain.files, chain.first = chain.files[:below], chain.files[below:], chain.first + below
+        for place in reversed(range(1, len(chain.files) - 1)):
+            await self._qmp.execute_if_there("blockdev-del", {"node-name": chain.node(place)})
+            await self._qmp.execute_if_there("remove-fd", {"fdset-id": chain.fdset(place)})
+        lowest, *gone, top = chain.files
+        chain.files, chain.merged = [lowest, top], chain.merged + len(gone)
         _close(gone)
 
     def overlay_action(self, slot: Slot) -> dict[str, Any]:
