@@ -403,25 +403,6 @@ def test_more_disks_than_slots(shared_pod, tmp_path):
     assert_holds_nothing(shared_pod)
 
 
-def test_slots_run_out_one_by_one(pod, tmp_path):
-    """All 256 can be used, the next one is refused, and a free one can be used again."""
-    content = tmp_path / "content"
-    content.mkdir()
-    small = make_disk(tmp_path / "disk", "erofs", content).read_bytes()
-    paths = []
-    for number in range(257):
-        (tmp_path / f"d{number}").write_bytes(small)
-        if number < 256:
-            paths.append(pod.attach(f"type=disk,src={tmp_path}/d{number},ro"))
-    with pytest.raises(Exhausted) as caught:
-        pod.attach(f"type=disk,src={tmp_path}/d256,ro")
-    assert caught.value.code == "no-free-slot"
-    assert f"{tmp_path}/d256" in str(caught.value)
-    pod.detach(paths[100])
-    assert pod.attach(f"type=disk,src={tmp_path}/d256,ro") == paths[100]
-    assert pod.storage()["free_slots"] == 0
-
-
 # -- names, sizes, room ---------------------------------------------------------------------------
 
 

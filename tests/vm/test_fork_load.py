@@ -99,6 +99,7 @@ def test_every_copy_is_what_the_machine_was(pod, tmp_path):
         assert found(pod, writer).startswith("0 of memory, 0 of the file")
 
 
+@pytest.mark.parametrize("pod", [(2, "512M")], ids=["two processors"], indirect=True)
 def test_a_filesystem_with_a_journal(pod, tmp_path):
     """A disk of the user's is copied while it is written to: the copy is whole, after its journal or without."""
     disk = make_disk(tmp_path / "disk", "ext4", size="64M")

@@ -202,7 +202,7 @@ POINTS = {
 
 @pytest.mark.parametrize(
     ("point", "sweeper"),
-    [*((point, "gc") for point in POINTS), ("with the machine running", "builder"), (list(POINTS)[-2], "builder")],
+    [*((point, "gc") for point in POINTS), (list(POINTS)[-2], "builder")],
 )
 def test_a_builder_that_is_killed(own_data, state_root, capsys, point, sweeper):
     """The command: its child, which builds, and the machine end with it."""
