@@ -193,7 +193,8 @@ class Disks:
     async def _shorten(self, chain: Chain) -> None:
         """Takes what lies between the lowest file and the top one into that, while the guest goes on.
 
-        The lowest stays: QEMU would read all of it, holes too, to find out what there is.  Who has the others keeps them.
+        The lowest stays: QEMU would read all of it, holes too, to find out what there is.  Who has the others keeps
+        them.
 
         Raises:
             MachineFailed: QEMU could not, as when there is no room.
