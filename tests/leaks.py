@@ -288,9 +288,11 @@ def mounts() -> dict[str, str]:
 
 def _loops() -> dict[str, str]:
     found = {}
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            found[f"/dev/{path.parts[3]}"] = path.read_text().rstrip("\n")
+    for name in os.listdir("/sys/block"):  # twice for every test, and there may be hundreds that are free
+        path = f"/sys/block/{name}/loop/backing_file"
+        if name.startswith("loop") and os.access(path, os.F_OK):
+            with contextlib.suppress(OSError), open(path) as file:
+                found[f"/dev/{name}"] = file.read().rstrip("\n")
     return found
 
 
