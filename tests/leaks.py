@@ -25,13 +25,13 @@ import shutil
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from holdfast.linux import syscalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TOKEN_NAME = "HOLDFAST_TEST_SESSION"
 PATIENCE_S = float(os.environ.get("HOLDFAST_TEST_PATIENCE_S", "5"))
