@@ -29,6 +29,8 @@ DEFAULT_STATE_ROOT = "/run/holdfast"
 
 _run = pytest.StashKey[tuple[str, leaks.Watch, list[str]]]()
 _numbers = itertools.count(1)
+#: Of the test that runs.
+_state_roots: list[str] = []
 
 hypothesis.configuration.set_hypothesis_home_dir(CACHE / "hypothesis")
 hypothesis.settings.register_profile("holdfast", deadline=None, derandomize="CI" in os.environ)
@@ -101,9 +103,13 @@ def nothing_remains(request: pytest.FixtureRequest):
     """Fails a test that leaves a process, mount, loop device, file or descriptor behind."""
     with leaks.Watch(*request.config.stash[_run][2]) as watch:
         yield watch
-        if found := watch.settled_leaks():
-            watch.clean_up(found)
-            pytest.fail(leaks.report("the test", found), pytrace=False)
+        try:
+            if found := watch.settled_leaks():
+                watch.clean_up(found)
+                pytest.fail(leaks.report("the test", found), pytrace=False)
+        finally:
+            while _state_roots:  # empty folders, which every later look would go through
+                leaks.remove_folder(_state_roots.pop())
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +123,7 @@ def state_root(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty state root, and the default one of commands that the test runs."""
     path = run_folder / f"r{next(_numbers)}"
     path.mkdir(mode=0o711)
+    _state_roots.append(str(path))
     monkeypatch.setenv("HOLDFAST_ROOT", str(path))
     return path
 
