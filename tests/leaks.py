@@ -38,6 +38,8 @@ PATIENCE_S = float(os.environ.get("HOLDFAST_TEST_PATIENCE_S", "5"))
 #: What a state root may keep when its pods are gone: the journal, and folders with nothing in them.
 KEPT_IN_STATE_ROOT = ("journal.db", "journal.db-wal", "journal.db-shm", "journal.db-lock")
 _LOOP_CLR_FD = 0x4C01
+#: As long as a program that only looks has a loop device open, at the most, on a busy machine.
+_LOOK_S = 1.0
 
 _expected_pids: set[int] = set()
 _expected_paths: list[str] = []
@@ -307,7 +309,7 @@ def no_loop_of(path: str | Path) -> bool:
     That is a moment after its last user has when another program looks for a free device just then: the kernel lets
     it open one that is in use, to find that out, and the device ends with the last that has it open.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + _LOOK_S
     while loops_of(path):
         if time.monotonic() > deadline:
             return False

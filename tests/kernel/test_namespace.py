@@ -62,7 +62,7 @@ def test_nothing_of_a_pod_is_left(data, state_root, disk):
         sh(pod, "echo kept > /d/new; sleep 1000", detach=True, mounts=[f"type=disk,src={disk},dst=/d"])
         assert groups_of(state_root, pod.name)
         assert len(leaks.loops_of(disk)) == 1
-    # At once, not a moment later: who ends a pod may want its disks.
+    # At once, but for others who look for a free device: who ends a pod may want its disks.
     assert leaks.no_loop_of(disk)
     assert groups_of(state_root, pod.name) == []
     wait_for_end(info.pid)

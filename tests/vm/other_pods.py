@@ -1,4 +1,4 @@
-"""A pod that did not start as most do, for tests of :mod:`tests.both_kinds`."""
+"""Pods that did not start as most do, for tests of :mod:`tests.both_kinds`: booted, and copied from one that runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(scope="module")
-def forked(data: Path, run_folder: Path, request: pytest.FixtureRequest) -> Iterator[holdfast.Pod]:
-    """A pod that goes on from another, whose machine has booted for itself, and which has ended."""
+def _root(run_folder: Path, request: pytest.FixtureRequest) -> Path:
     root = run_folder / f"o{abs(hash(request.node.name)) % 10000}"
     leaks.expect(root)
-    with leaks.long_lived(), holdfast.Pod(root=root, data=data, template="none") as source:
+    return root
+
+
+@pytest.fixture(scope="module")
+def booted(data: Path, run_folder: Path, request: pytest.FixtureRequest) -> Iterator[holdfast.Pod]:
+    """A pod whose machine has booted for itself."""
+    with leaks.long_lived():
+        pod = holdfast.Pod(root=_root(run_folder, request), data=data, template="none")
+    with pod:
+        yield pod
+
+
+@pytest.fixture(scope="module")
+def forked(data: Path, run_folder: Path, request: pytest.FixtureRequest) -> Iterator[holdfast.Pod]:
+    """A pod that goes on from another, which has ended."""
+    root = _root(run_folder, request)
+    with leaks.long_lived(), holdfast.Pod(root=root, data=data) as source:
         [pod] = source.fork()
     with pod:
         yield pod

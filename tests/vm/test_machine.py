@@ -228,7 +228,7 @@ def test_too_little_memory(data, state_root):
 def test_the_least_memory_boots_and_runs(own_data, state_root):
     least = holdfast.Pod(root=state_root, data=own_data, memory=MIN_MEMORY_BYTES)
     with least as pod, running(pod, "one"), running(pod, "two"):
-        assert output(sh(pod, "dd if=/dev/zero of=/x bs=1M count=20 2>/dev/null; echo the least")) == "the least\n"
+        assert output(sh(pod, "dd if=/dev/zero of=/x bs=1M count=50 2>/dev/null; echo the least")) == "the least\n"
 
 
 def test_too_little_memory_that_nobody_checked(data, tmp_path):

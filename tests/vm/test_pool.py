@@ -15,6 +15,7 @@ import holdfast
 from holdfast.cli.pods import ask
 from holdfast.errors import HoldfastError, InUse, InvalidInput
 from holdfast.pod import pool as module
+from holdfast.pod.client import Client
 from holdfast.pod.launch import start_monitor
 from holdfast.pod.messages import PodRequest
 from holdfast.pod.pool import Pool
@@ -91,7 +92,10 @@ def test_others_are_not_for_who_wants_something_else(pool, state_root, data):
         assert ready(state_root) == [name]
 
 
-def test_a_detached_pod_outlives_the_pool(request_for, state_root, data):
+def test_a_detached_pod_outlives_the_pool(request_for, state_root, data, monkeypatch):
+    """And the pool does not wait for its end: if it did, this test would find none."""
+    wait_closed = Client.wait_closed
+    monkeypatch.setattr(Client, "wait_closed", lambda self, _seconds, **more: wait_closed(self, 600.0, **more))
     with Pool(request_for, 1, start_monitor, print) as pool:
         pool.add()
         holdfast.Pod("kept", root=state_root, data=data, detached=True).close()
