@@ -305,9 +305,8 @@ async def start(
         state_fd: saved device state to start from; -1 boots.
         boot_seconds: how long QEMU may take to answer, and then the guest to boot.
         hold_fd: a descriptor that QEMU keeps open besides: a lock that is free only when QEMU, too, is gone.
-        hostname: the guest's.  With it comes all else that makes a guest different from others, which one that starts
-            from a state gets in any case, and one that is booted to be saved has no use for.
-
+        hostname: the guest's, with all else that makes one that starts from a state different from others; one that
+            boots is there to be saved, and has no use for it.
         ram_fd: the file of the guest's RAM, open, if it has no path.
         plug: plugs in what was plugged in when the state was saved; called before that is loaded.
 
@@ -343,7 +342,7 @@ async def start(
             trace.mark("restored")
         await machine.agent.synchronise(HELLO_SECONDS if state_fd >= 0 else boot_seconds)
         trace.mark("agent has answered")
-        if state_fd >= 0 or hostname:
+        if state_fd >= 0:
             await machine.make_unique(hostname or "holdfast")
     except TimedOut as error:
         error.why += f"; last on its console: {machine.last_lines()}"
